@@ -1,0 +1,127 @@
+"""A decoder's parameters: made, placed on a mesh, and named in expert order for checkpoints.
+
+Axes: L MoE layers, E experts, S slots, D embedding width, F hidden width.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PRNGKeyArray
+
+from jax_eplb.models.config import DecoderConfig
+from jax_eplb.models.decoder import AttentionParams, DecoderParams, DenseLayer, MoELayer
+from jax_eplb.moe import MoEParams
+from jax_eplb.moe.experts import experts_in_order, place_experts
+from jax_eplb.moe.feed_forward import ExpertWeights, SharedWeights
+
+
+def shapes(config: DecoderConfig) -> DecoderParams:
+    """The shape of each array, in expert order."""
+    embed, heads = config.embed_dim, config.num_heads * config.head_dim
+    hidden, shared = config.expert_hidden_dim, config.shared_hidden_dim
+    dense, sparse, experts = config.num_dense_layers, config.num_moe_layers, config.num_experts
+
+    def attention(layers):
+        return AttentionParams((layers, embed), (layers, embed, 3 * heads), (layers, heads, embed))
+
+    def gated(layers, width):
+        return SharedWeights((layers, embed, 2 * width), (layers, width, embed))
+
+    bank = (sparse, experts)
+    moe = MoEParams(
+        router=(sparse, embed, experts),
+        experts=ExpertWeights((*bank, embed, 2 * hidden), (*bank, hidden, embed)),
+        shared=gated(sparse, shared) if shared else None,
+    )
+    return DecoderParams(
+        embed=(config.vocab_size, embed),
+        dense=DenseLayer(attention(dense), (dense, embed), gated(dense, config.dense_hidden_dim)),
+        sparse=MoELayer(attention(sparse), (sparse, embed), moe),
+        norm=(embed,),
+        unembed=(embed, config.vocab_size),
+    )
+
+
+def specs(config: DecoderConfig, axis_name: str) -> DecoderParams:
+    """How each array is spread: experts over their slots, everything else on every device."""
+    everywhere = _map_shapes(lambda name, shape: P(), config)
+    bank = P(None, axis_name)
+    moe = everywhere.sparse.moe._replace(experts=ExpertWeights(bank, bank))
+    return everywhere._replace(sparse=everywhere.sparse._replace(moe=moe))
+
+
+def initialize(key: PRNGKeyArray, config: DecoderConfig, mesh: Mesh, axis_name: str):
+    """Fresh float32 parameters in expert order, spread over the mesh, each made where it lives."""
+    names = [name for name, _ in named(shapes(config))]
+    keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
+    residual = (2 * config.num_layers) ** -0.5  # keeps the stream's variance near one
+
+    def make(name, shape):
+        if name.endswith("norm"):
+            return jnp.ones(shape, jnp.float32)
+        scale = shape[-2] ** -0.5
+        if name == "embed":
+            scale = 1.0
+        elif name.endswith(("out", "down")):
+            scale *= residual
+        return jax.random.normal(keys[name], shape, jnp.float32) * jnp.float32(scale)
+
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(config, axis_name))
+    return jax.jit(lambda: _map_shapes(make, config), out_shardings=shardings)()
+
+
+def named(params: DecoderParams) -> list[tuple[str, jax.Array]]:
+    """Each array with its name in a checkpoint: its path, joined by dots."""
+    leaves, _ = jax.tree.flatten_with_path(params, is_leaf=is_shape)
+    return [(".".join(key.name for key in path), leaf) for path, leaf in leaves]
+
+
+def on_host(params: DecoderParams, slot_to_expert: np.ndarray, num_experts: int):
+    """Parameters read back in expert order, as numpy arrays."""
+    read = functools.partial(
+        experts_in_order, slot_to_expert=slot_to_expert, num_experts=num_experts
+    )
+    experts = jax.tree.map(read, params.sparse.moe.experts)
+    moe = params.sparse.moe._replace(experts=experts)
+    rest = params._replace(sparse=params.sparse._replace(moe=moe))
+    return jax.tree.map(np.asarray, rest)
+
+
+def on_mesh(
+    by_expert: DecoderParams,
+    slot_to_expert: np.ndarray,
+    config: DecoderConfig,
+    mesh: Mesh,
+    axis_name: str,
+    dtype,
+) -> DecoderParams:
+    """Parameters in expert order from the host, placed on the mesh by slot.
+
+    The router stays float32: it decides by small differences.
+    """
+    spread = specs(config, axis_name)
+    bank = NamedSharding(mesh, spread.sparse.moe.experts.gate_up)
+
+    def place(name, array, spec):
+        array = np.asarray(array).astype(np.float32 if name.endswith("router") else dtype)
+        if ".experts." in name:
+            return place_experts(array, slot_to_expert, bank)
+        return jax.device_put(array, NamedSharding(mesh, spec))
+
+    flat_specs = jax.tree.leaves(spread, is_leaf=lambda x: isinstance(x, P))
+    leaves = [place(n, a, s) for (n, a), s in zip(named(by_expert), flat_specs, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(by_expert), leaves)
+
+
+def is_shape(x) -> bool:
+    return isinstance(x, tuple) and not hasattr(x, "_fields")
+
+
+def _map_shapes(function, config: DecoderConfig) -> DecoderParams:
+    tree = shapes(config)
+    leaves = [function(name, shape) for name, shape in named(tree)]
+    return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_shape), leaves)

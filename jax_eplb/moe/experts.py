@@ -1,0 +1,95 @@
+"""Expert weights on the mesh: made there, placed from expert order, and read back.
+
+Axes: L layers, E experts, S slots. The slot axis of a bank of weights is sharded over the expert
+axis of the mesh; a layer's bank is [S, …], a stack of layers' is [L, S, …].
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+
+def init_experts(
+    key: PRNGKeyArray,
+    slot_to_expert: Int[Array, "S"],
+    init_one: Callable[[PRNGKeyArray], Float[Array, "..."]],
+    mesh: Mesh,
+    axis_name: str,
+) -> Float[Array, "S ..."]:
+    """Make each slot's weights on its own device, from a key that only its expert sets.
+
+    So the weights of an expert do not depend on the placement, its replicas are equal, and no
+    device ever holds more than its own slots.
+    """
+
+    def local(slots):
+        return jax.lax.map(lambda expert: init_one(jax.random.fold_in(key, expert)), slots)
+
+    make = jax.shard_map(local, mesh=mesh, in_specs=P(axis_name), out_specs=P(axis_name))
+    return jax.jit(make)(slot_to_expert)
+
+
+def place_experts(
+    by_expert: np.ndarray, slot_to_expert: np.ndarray, sharding: NamedSharding
+) -> jax.Array:
+    """Lay out a bank in slots: [E, …] with int32[S], or [L, E, …] with int32[L, S].
+
+    Each device's rows are read from the host array on their own, so that replicas cost the host
+    nothing, and every process reads only what its devices hold.
+    """
+    table = np.asarray(slot_to_expert)
+    shape = (*table.shape, *by_expert.shape[table.ndim :])
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        rows = table[index[: table.ndim]]
+        if table.ndim == 1:
+            chosen = by_expert[rows]
+        else:
+            layers = np.arange(table.shape[0])[index[0]]
+            chosen = by_expert[layers[:, None], rows]
+        inner = (slice(None),) * table.ndim
+        return np.ascontiguousarray(chosen[inner + tuple(index[table.ndim :])])
+
+    return jax.make_array_from_callback(shape, sharding, read)
+
+
+def experts_in_order(
+    by_slot: jax.Array, slot_to_expert: np.ndarray, num_experts: int
+) -> np.ndarray:
+    """Read a bank back in expert order onto the host: [E, …] or [L, E, …].
+
+    One slot of each expert is read. Raises ValueError where an expert is on no device of this
+    process.
+    """
+    table = np.asarray(slot_to_expert)
+    out = np.empty((*table.shape[:-1], num_experts, *by_slot.shape[table.ndim :]), by_slot.dtype)
+    seen = np.zeros(out.shape[: table.ndim], bool)
+    for shard in by_slot.addressable_shards:
+        values = np.asarray(shard.data)
+        rows = table[shard.index[: table.ndim]]
+        if table.ndim == 1:
+            out[rows], seen[rows] = values, True
+        else:
+            layers = np.arange(table.shape[0])[shard.index[0]][:, None]
+            out[layers, rows], seen[layers, rows] = values, True
+    if not seen.all():
+        missing = np.argwhere(~seen)[0].tolist()
+        raise ValueError(
+            f"expert {missing[-1]} is on no device of this process; read the weights from a "
+            "checkpoint, or on a process that holds them all"
+        )
+    return out
+
+
+def lecun_normal(fan_in: int, shape: tuple[int, ...], dtype=jnp.float32):
+    """An initializer of one expert's matrix: normal, variance 1 / fan_in."""
+
+    def init(key: PRNGKeyArray) -> Float[Array, "..."]:
+        return (jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5).astype(dtype)
+
+    return init

@@ -1,0 +1,170 @@
+"""Pack: which rank each replica goes to, N to each and no two of one expert on a rank.
+
+Axes: L layers, E experts, S slots, P ranks, N = S / P slots of a rank. Within the loop the layers
+are the last axis, for the reason that `replicate` gives.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jax_eplb.split import sum_by_rank
+
+# A load that a rank gets in comparisons only: to be chosen where nothing else is left.
+_LAST_RESORT = float(jnp.finfo(jnp.float32).max)
+
+
+@functools.partial(jax.jit, static_argnames=("num_slots", "num_ranks"))
+def pack(
+    load: Float[Array, "L E"],
+    replica_count: Int[Array, "L E"],
+    *,
+    num_slots: int,
+    num_ranks: int,
+) -> Int[Array, "L S"]:
+    """Heaviest replica first, to the least loaded rank with a free slot and no such replica.
+
+    Counts must add up to S, none above P. Where near the end only ranks that already hold the
+    expert have a free slot, it goes there for the moment, and `separate` swaps it away. Ties go to
+    the lowest expert and to the lowest rank.
+
+    >>> load, count = jnp.array([[8.0, 3, 2, 1]]), jnp.array([[2, 2, 1, 1]])
+    >>> pack(load, count, num_slots=6, num_ranks=2).tolist()
+    [[0, 2, 1, 0, 1, 3]]
+    """
+    share = load / replica_count.astype(jnp.float32)
+    order = _heaviest_first(share)
+    repeat = functools.partial(jnp.repeat, total_repeat_length=num_slots)
+    experts = jax.vmap(repeat)(order, jnp.take_along_axis(replica_count, order, axis=1))
+    weights = jnp.take_along_axis(share, experts, axis=1)
+    slots, forced = _choose_slots(experts.T, weights.T, num_ranks)
+    layers = jnp.arange(load.shape[0])[:, None]
+    packed = jnp.zeros_like(experts).at[layers, slots.T].set(experts, unique_indices=True)
+    return separate(packed, share, num_ranks=num_ranks, may_differ=forced)
+
+
+def _heaviest_first(share: Float[Array, "L E"]) -> Int[Array, "L E"]:
+    """Experts by falling share, ties by id: a stable argsort, several times faster on a CPU.
+
+    Counts for each expert those that come before it: 0.4 ms for 58 layers of 256 experts, where the
+    sort takes 1.7; at 1024 experts both take about 8.
+    """
+    num_layers, num_experts = share.shape
+    share = share.T
+    ids = jnp.arange(num_experts, dtype=jnp.int32)[:, None]
+
+    def count(expert, place):
+        other = share[expert][None]
+        before = (other > share) | ((other == share) & (expert < ids))
+        return place + before.astype(jnp.int32)
+
+    place = jax.lax.fori_loop(0, num_experts, count, jnp.zeros(share.shape, jnp.int32))
+    layers = jnp.arange(num_layers)[None]
+    ids = jnp.broadcast_to(ids, share.shape)
+    return jnp.zeros_like(place).at[place, layers].set(ids, unique_indices=True).T
+
+
+class _Ranks(NamedTuple):
+    load: Float[Array, "P L"]
+    used: Int[Array, "P L"]  # slots
+    last: Int[Array, "P L"]  # the expert that came last; -1 before any
+
+
+def _choose_slots(
+    experts: Int[Array, "S L"], weights: Float[Array, "S L"], num_ranks: int
+) -> tuple[Int[Array, "S L"], Bool[Array, "L"]]:
+    """The slot of each replica in turn, and whether two of one expert met on a rank.
+
+    Replicas of one expert must stand together in the order: `last` then tells who holds it.
+    """
+    num_slots, num_layers = experts.shape
+    per_rank = num_slots // num_ranks
+    ids = jnp.arange(num_ranks, dtype=jnp.int32)[:, None]
+
+    def put(carry, replica):
+        ranks, forced = carry
+        expert, weight = (x[None] for x in replica)  # [1, L]
+        height = jnp.where(ranks.last == expert, _LAST_RESORT, ranks.load)
+        height = jnp.where(ranks.used == per_rank, jnp.inf, height)
+        lowest = height.min(axis=0, keepdims=True)
+        rank = jnp.where(height == lowest, ids, num_ranks).min(axis=0, keepdims=True)
+        chosen = ids == rank
+        slot = jnp.where(chosen, ids * per_rank + ranks.used, 0).sum(axis=0)
+        ranks = _Ranks(
+            ranks.load + jnp.where(chosen, weight, 0.0),
+            ranks.used + chosen.astype(jnp.int32),
+            jnp.where(chosen, expert, ranks.last),
+        )
+        return (ranks, forced | (lowest[0] == _LAST_RESORT)), slot.astype(jnp.int32)
+
+    shape = (num_ranks, num_layers)
+    empty = _Ranks(jnp.zeros(shape), jnp.zeros(shape, jnp.int32), jnp.full(shape, -1, jnp.int32))
+    never = jnp.zeros(num_layers, bool)
+    (_, forced), slots = jax.lax.scan(put, (empty, never), (experts, weights))
+    return slots, forced
+
+
+def separate(
+    slot_to_expert: Int[Array, "L S"],
+    share: Float[Array, "L E"],
+    *,
+    num_ranks: int,
+    may_differ: Bool[Array, "L"],
+) -> Int[Array, "L S"]:
+    """Swap replicas between ranks until no rank holds two of one expert, in the marked layers.
+
+    At most S swaps a layer, and no surplus is left if no expert has more than P replicas: take the
+    rank r with the most surplus
+    replicas, d of them, one of expert e. Some rank q lacks e. q has at least N - d different
+    experts, and r at most N - d - 1 besides e: so q holds an expert that r lacks. Swapping the two
+    lowers the surplus of r and does not raise that of q. Of all such swaps the one is taken that
+    leaves the fuller of the two ranks emptiest.
+    """
+
+    num_slots = slot_to_expert.shape[1]
+
+    def one_swap(slots, share):
+        ranks = slots.reshape(num_ranks, -1)
+        surplus = _surplus(ranks)
+        r = jnp.argmax(surplus.sum(axis=1))
+        s = r * ranks.shape[1] + jnp.argmax(surplus[r])
+        lacks = (ranks != slots[s]).all(axis=1, keepdims=True)  # [P, 1]
+        is_new = jax.lax.fori_loop(
+            0,
+            ranks.shape[1],
+            lambda i, new: new & (ranks != ranks[r, i]),
+            jnp.ones(ranks.shape, bool),
+        )
+        height = sum_by_rank(share[slots], num_ranks)
+        gain = share[slots[s]] - share[ranks]  # [P, N]: what the other rank gains and r loses
+        after = jnp.maximum(height[:, None] + gain, height[r] - gain)
+        t = jnp.argmin(jnp.where(lacks & is_new, after, jnp.inf))
+        swapped = slots.at[s].set(slots[t]).at[t].set(slots[s])
+        return jnp.where(surplus.any(), swapped, slots)
+
+    def has_surplus(slots):
+        return _surplus(slots.reshape(num_ranks, -1)).any()
+
+    def crowded(state):
+        swaps, differ, _ = state
+        return differ.any() & (swaps < num_slots)
+
+    def step(state):
+        swaps, _, slots = state
+        slots = jax.vmap(one_swap)(slots, share)
+        return swaps + 1, jax.vmap(has_surplus)(slots), slots
+
+    return jax.lax.while_loop(crowded, step, (0, may_differ, slot_to_expert))[2]
+
+
+def _surplus(ranks: Int[Array, "P N"]) -> Bool[Array, "P N"]:
+    """True where an earlier slot of the same rank holds the same expert."""
+
+    def mark(i, surplus):
+        later = jnp.arange(ranks.shape[1]) > i
+        return surplus | ((ranks == ranks[:, i, None]) & later[None])
+
+    return jax.lax.fori_loop(0, ranks.shape[1], mark, jnp.zeros(ranks.shape, bool))

@@ -1,0 +1,109 @@
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jax_eplb.planner.refine import refine
+from tests.greedy_reference import duplicates, greedy_plan, rank_load_of
+
+
+def refined(slots, load, num_ranks, max_swaps=16):
+    """int64[L, S]"""
+    count = np.stack([np.bincount(row, minlength=load.shape[1]) for row in slots])
+    share = jnp.asarray(load, jnp.float32) / jnp.asarray(count, jnp.float32)
+    slots = jnp.asarray(slots, jnp.int32)
+    result = refine(slots, share, num_ranks=num_ranks, max_swaps=max_swaps)
+    return np.asarray(result, np.int64)
+
+
+@st.composite
+def placements(draw):
+    """Loads int64[2, E], and slots in any order that hold no expert twice on a rank."""
+    num_experts, num_ranks, per_rank = draw(st.sampled_from([(8, 4, 3), (6, 2, 4)]))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32)))
+    load = generator.integers(0, draw(st.sampled_from([3, 100, 10**9])), (2, num_experts))
+    slots = np.zeros((2, num_ranks * per_rank), int)
+    for row in slots:
+        order = generator.permutation(num_experts)
+        # Dealt in a cycle over the ranks: no rank gets an expert twice, and all get a slot.
+        dealt = np.resize(order, row.size)
+        row[:] = np.sort(dealt).reshape(per_rank, num_ranks).T.reshape(-1)
+        assert set(row) == set(range(num_experts))
+    return load, slots, num_ranks
+
+
+def largest(load, slots, num_ranks):
+    return rank_load_of(load, slots, num_ranks).max(axis=1)
+
+
+@given(placements())
+def test_the_fullest_rank_never_gets_fuller(problem):
+    load, slots, num_ranks = problem
+    before = largest(load, slots, num_ranks)
+    after = largest(load, refined(slots, load, num_ranks), num_ranks)
+    assert (after <= before * (1 + 1e-6)).all()
+
+
+@given(placements())
+def test_replicas_are_kept_and_no_rank_gets_one_twice(problem):
+    load, slots, num_ranks = problem
+    result = refined(slots, load, num_ranks)
+    np.testing.assert_array_equal(np.sort(result), np.sort(slots))
+    assert duplicates(result, num_ranks).tolist() == [0, 0]
+
+
+@given(placements())
+def test_what_is_left_cannot_be_improved_by_one_swap(problem):
+    load, slots, num_ranks = problem
+    result = refined(slots, load, num_ranks, max_swaps=200)
+    for layer, row in enumerate(result):
+        tokens = rank_load_of(load[layer : layer + 1], row[None], num_ranks)[0]
+        fullest = int(tokens.argmax())
+        share = load[layer] / np.bincount(row, minlength=load.shape[1])
+        ranks = row.reshape(num_ranks, -1)
+        for mine, other in itertools.product(ranks[fullest], range(num_ranks)):
+            for theirs in ranks[other]:
+                if mine in ranks[other] or theirs in ranks[fullest]:
+                    continue
+                gain = share[mine] - share[theirs]
+                after = max(tokens[fullest] - gain, tokens[other] + gain)
+                assert after >= tokens[fullest] * (1 - 1e-5)
+
+
+def test_each_swap_is_the_best_there_is():
+    load = np.array([[9, 8, 7, 1, 2, 3]])
+    one_swap = refined(np.arange(6)[None], load, 2, max_swaps=1)
+    assert rank_load_of(load, one_swap, 2)[0].tolist() == [16, 14]
+
+
+def test_layers_stop_on_their_own():
+    load = np.array([[4, 3, 2, 1], [9, 5, 4, 2]])
+    result = refined(np.array([[0, 3, 1, 2], [0, 1, 2, 3]]), load, 2)
+    assert result[0].tolist() == [0, 3, 1, 2]  # was perfect
+    assert largest(load, result, 2).tolist() == [5, 11]
+
+
+def test_no_swaps_change_nothing():
+    load = np.random.default_rng(0).integers(0, 100, (3, 8))
+    slots = greedy_plan(load, 8, 4)
+    np.testing.assert_array_equal(refined(slots, load, 4, max_swaps=0), slots)
+
+
+def test_swaps_lower_the_imbalance_that_greedy_leaves():
+    load = np.random.default_rng(0).lognormal(0, 1, (8, 64))
+    slots = greedy_plan(load, 64, 8)
+    before, after = (
+        largest(load, s, 8) / load.mean(axis=1) / 8 for s in (slots, refined(slots, load, 8, 32))
+    )
+    assert (after - 1).mean() < (before - 1).mean() / 4
+
+
+def test_a_hot_expert_does_not_join_itself():
+    # Only a second replica of 0 on rank 1 would make rank 0 emptier.
+    load, slots = np.array([[10, 4, 1, 1]]), np.array([[0, 1, 0, 2, 3, 2]])
+    result = refined(slots, load, 3)
+    assert duplicates(result, 3).tolist() == [0]
+    assert pytest.approx(9) == largest(load, slots, 3)[0]

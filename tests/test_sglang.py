@@ -1,0 +1,266 @@
+"""SGLang's `.pt` and SGLang-JAX's `.npy`. The `.pt` files are written by hand, without torch."""
+
+import contextlib
+import io
+import pickle
+import zipfile
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from jax_eplb.formats.sglang import load_npy, load_pt, save_npy
+from jax_eplb.load import Recording
+from jax_eplb.placement import Placement
+
+
+def write_pt(path, **entries):
+    """A dict as torch.save writes it: contiguous int64 tensors for arrays, the rest as it is."""
+    storages = []
+    data = [b"\x80\x02}("]
+    for name, value in entries.items():
+        data.append(_text(name))
+        if not isinstance(value, np.ndarray):
+            data.append(pickle.dumps(value, 2)[2:-1])
+            continue
+        steps = [step // 8 for step in value.strides]
+        data += [
+            b"ctorch._utils\n_rebuild_tensor_v2\n((",
+            _text("storage"),
+            b"ctorch\nLongStorage\n",
+        ]
+        data += [_text(str(len(storages))), _text("cpu"), _int(value.size), b"tQ", _int(0)]
+        data += [b"(", *map(_int, value.shape), b"t(", *map(_int, steps), b"t\x89}tR"]
+        storages.append(value.astype("<i8").tobytes())
+    data.append(b"u.")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", b"".join(data))
+        for key, storage in enumerate(storages):
+            archive.writestr(f"a/data/{key}", storage)
+    return path
+
+
+def _text(text: str) -> bytes:
+    return b"X" + len(text).to_bytes(4, "little") + text.encode()
+
+
+def _int(number: int) -> bytes:
+    return b"J" + number.to_bytes(4, "little")
+
+
+def _counts(windows=3, layers=4, experts=5) -> np.ndarray:
+    return np.arange(1, windows * layers * experts + 1).reshape(windows, layers, experts)
+
+
+def test_sglangs_file_is_read(tmp_path):
+    path = write_pt(
+        tmp_path / "a.pt",
+        rank=0,
+        logical_count=_counts(),
+        average_utilization_rate_over_window=None,
+        last_physical_to_logical_map=np.zeros((4, 6), int),
+    )
+    recording = load_pt(path, experts_per_token=2)
+    np.testing.assert_array_equal(recording.counts, _counts())
+    assert (recording.unit, recording.num_experts, recording.experts_per_token) == ("experts", 5, 2)
+    assert recording.iterations == (0, 1, 2)
+    assert recording.layer_ids == (0, 1, 2, 3)
+    assert recording.placement is None
+
+
+def test_steps_not_filled_and_dense_layers_are_left_out(tmp_path):
+    counts = _counts()
+    counts[1:2] = 0  # the buffer's rest
+    counts[:, :2] = 0  # dense layers
+    recording = load_pt(write_pt(tmp_path / "a.pt", logical_count=counts))
+    np.testing.assert_array_equal(recording.counts, counts[[0, 2]][:, 2:])
+    assert recording.iterations == (0, 2)
+    assert recording.layer_ids == (2, 3)
+
+
+def test_one_step_may_have_no_axis_of_its_own(tmp_path):
+    recording = load_pt(write_pt(tmp_path / "a.pt", logical_count=_counts()[0]))
+    assert recording.counts.shape == (1, 4, 5)
+
+
+def test_a_file_of_zeros_is_refused(tmp_path):
+    path = write_pt(tmp_path / "a.pt", logical_count=np.zeros((2, 3, 4), int))
+    with pytest.raises(ValueError, match=r"a\.pt: logical_count: all counts are 0"):
+        load_pt(path)
+
+
+def test_the_active_placement_names_the_layers(tmp_path):
+    placement = Placement.default(num_experts=5, num_ranks=2, layer_ids=(3, 4, 5, 6))
+    recording = load_pt(
+        write_pt(tmp_path / "a.pt", logical_count=_counts()), active_placement=placement
+    )
+    assert recording.layer_ids == (3, 4, 5, 6)
+    assert recording.unit == "experts"
+    assert recording.placement is placement
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"rank": 0}, r"no 'logical_count'; it holds \['rank'\]"),
+        ({"records": []}, "in a mode of detail .* --expert-distribution-recorder-mode stat"),
+        ({"logical_count": [[1]]}, "logical_count is a list, expected a tensor"),
+        ({"logical_count": np.ones(3, int)}, r"the counts have shape \(3,\); expected"),
+        ({"logical_count": np.ones((0, 2, 3), int)}, r"the counts have shape \(0, 2, 3\)"),
+        ({"logical_count": -_counts()}, "iteration 2, layer 3, expert 4: negative count -60"),
+    ],
+)
+def test_each_fault_of_a_pt_file_has_its_message(tmp_path, entries, message):
+    with pytest.raises(ValueError, match=rf"a\.pt: .*{message}"):
+        load_pt(write_pt(tmp_path / "a.pt", **entries))
+
+
+def test_a_pt_file_of_another_thing_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("a/data.pkl", pickle.dumps([1, 2], 2))
+    with pytest.raises(ValueError, match=r"a\.pt: holds a list, expected a dict"):
+        load_pt(tmp_path / "a.pt")
+
+
+def test_sglang_jaxs_dict_is_read(tmp_path):
+    counts = _counts()[0]
+    counts[:2] = 0
+    np.save(
+        tmp_path / "a.npy",
+        np.array({"logical_count": counts, "timestamp": "20260101_1200"}, object),
+    )
+    recording = load_npy(tmp_path / "a.npy")
+    np.testing.assert_array_equal(recording.counts, counts[None, 2:])
+    assert recording.layer_ids == (2, 3)
+
+
+@given(st.permutations(range(2)), st.sampled_from(["<i4", ">i8", "u1"]))
+@settings(derandomize=True, deadline=None, max_examples=10)
+def test_pickled_arrays_are_read_in_any_order_and_type(tmp_path_factory, axes, dtype):
+    counts = np.arange(1, 13).reshape(3, 4).astype(dtype).transpose(axes)
+    path = tmp_path_factory.mktemp("npy") / "a.npy"
+    np.save(path, np.array({"logical_count": counts}, object))
+    np.testing.assert_array_equal(load_npy(path).counts[0], counts)
+
+
+def test_the_names_of_numpy_1_are_read(tmp_path):
+    content = np.array({"logical_count": _counts()}, object)
+    pickled = pickle.dumps(content, 3)  # numpy 1 wrote protocol 3
+    old = pickled.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+    assert old != pickled
+    with (tmp_path / "a.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "|O", "fortran_order": False, "shape": ()}
+        )
+        file.write(old)
+    np.testing.assert_array_equal(load_npy(tmp_path / "a.npy").counts, _counts())
+
+
+def test_a_plain_array_is_taken_as_it_is(tmp_path):
+    counts = _counts()
+    counts[0, 1] = 0
+    counts[2] = 0
+    np.save(tmp_path / "a.npy", counts)
+    np.testing.assert_array_equal(load_npy(tmp_path / "a.npy").counts, counts)
+    np.save(tmp_path / "b.npy", counts[0])
+    assert load_npy(tmp_path / "b.npy").counts.shape == (1, 4, 5)
+
+
+@given(st.lists(st.integers(0, 2**50), min_size=12, max_size=12))
+@settings(derandomize=True, deadline=None, max_examples=20)
+def test_counts_written_are_read_back(tmp_path_factory, counts):
+    path = tmp_path_factory.mktemp("npy") / "a.npy"
+    recording = Recording(np.array(counts).reshape(2, 2, 3), 3, 2)
+    save_npy(recording, path)
+    np.testing.assert_array_equal(load_npy(path).counts, recording.counts)
+    np.testing.assert_array_equal(np.load(path), recording.counts)
+
+
+def test_counts_by_slot_are_written_by_expert(tmp_path):
+    placement = Placement.from_slots([[1, 0, 2, 1]], num_experts=3, num_ranks=2)
+    recording = Recording(np.array([[[1, 2, 3, 4]]]), 3, 1, "slots", placement=placement)
+    save_npy(recording, tmp_path / "a.npy")
+    assert np.load(tmp_path / "a.npy").tolist() == [[[2, 5, 3]]]
+    unknown = Recording(np.array([[[1, 2, 3, 4]]]), 3, 1, "slots")
+    with pytest.raises(ValueError, match="which expert sat in a slot is not recorded"):
+        save_npy(unknown, tmp_path / "b.npy")
+    assert not (tmp_path / "b.npy").exists()
+
+
+def test_more_counts_than_experts_are_slots(tmp_path):
+    np.save(tmp_path / "a.npy", _counts())
+    recording = load_npy(tmp_path / "a.npy", num_experts=4)
+    assert (recording.unit, recording.num_experts) == ("slots", 4)
+    assert load_npy(tmp_path / "a.npy", unit="slots").unit == "slots"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (np.ones((1, 2, 3)), r"a\.npy: the counts are float64; expected integers"),
+        (np.ones((1, 2, 3), bool), r"a\.npy: the counts are bool"),
+        (np.ones(3, int), r"a\.npy: the counts have shape \(3,\)"),
+        (np.ones((2, 0, 3), int), r"a\.npy: "),
+        (-_counts(), r"a\.npy: iteration 2, layer 3, expert 4: negative count -60"),
+        (np.array([{}, {}]), r"a\.npy: an array \(2,\) of objects"),
+        (np.array(None), r"a\.npy: holds a NoneType, expected a dict"),
+        ({"counts": 1}, r"a\.npy: no 'logical_count'; it holds \['counts'\]"),
+        ({"logical_count": "x"}, r"a\.npy: logical_count is a str"),
+        ({"logical_count": np.ones((1, 2))}, r"a\.npy: logical_count: the counts are float64"),
+        ({"logical_count": np.array([{}, 1])}, r"a\.npy: array 'logical_count' is damaged"),
+        ({"logical_count": np.ones(2, "M8[s]")}, r"a\.npy: array 'logical_count' is damaged"),
+    ],
+)
+def test_each_fault_of_a_npy_file_has_its_message(tmp_path, content, message):
+    np.save(tmp_path / "a.npy", np.asarray(content))
+    with pytest.raises(ValueError, match=message):
+        load_npy(tmp_path / "a.npy")
+
+
+class _Evil:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return open, (str(self.mark), "w")
+
+
+def test_a_pickled_call_is_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.array({"logical_count": _Evil(tmp_path / "mark")}, object))
+    with pytest.raises(ValueError, match=r"a\.npy: refused to load (_?io)\.open"):
+        load_npy(tmp_path / "a.npy")
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_missing_file_is_named(tmp_path):
+    for load in (load_npy, load_pt):
+        with pytest.raises(ValueError, match="gone: no such file"):
+            load(tmp_path / "gone")
+
+
+@pytest.mark.parametrize("content", [_counts(), {"logical_count": _counts()}])
+def test_every_truncation_of_a_npy_file_is_refused(tmp_path, content):
+    path = tmp_path / "a.npy"
+    np.save(path, np.asarray(content))
+    whole = path.read_bytes()
+    for size in range(0, len(whole), 5):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"a\.npy: "):
+            load_npy(path)
+
+
+# numpy takes a damaged header for one that Python 2 wrote, and tries that.
+@pytest.mark.filterwarnings("ignore:Reading `.npy` or `.npz` file required:UserWarning")
+@given(st.lists(st.tuples(st.integers(0), st.integers(0, 255)), min_size=1, max_size=3))
+@settings(derandomize=True, deadline=None, max_examples=150)
+def test_damaged_bytes_are_refused_or_read_never_worse(tmp_path_factory, changes):
+    path = tmp_path_factory.mktemp("npy") / "a.npy"
+    buffer = io.BytesIO()
+    np.save(buffer, np.array({"logical_count": _counts()}, object))
+    data = bytearray(buffer.getvalue())
+    for place, byte in changes:
+        data[place % len(data)] = byte
+    path.write_bytes(bytes(data))
+    with contextlib.suppress(ValueError):  # any other error would be a fault of the reader
+        load_npy(path)
