@@ -21,7 +21,7 @@ def greedy_replicate(load: np.ndarray, num_slots: int) -> np.ndarray:
 
 def greedy_pack(load: np.ndarray, count: np.ndarray, num_ranks: int) -> np.ndarray:
     """slot_to_expert int64[L, S]; a rank's slots stand in the order in which they were filled."""
-    num_layers, num_experts = load.shape
+    num_layers = len(load)
     num_slots = int(count[0].sum())
     per_rank = num_slots // num_ranks
     share = load / count.astype(load.dtype)

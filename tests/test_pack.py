@@ -66,12 +66,11 @@ def test_many_layers_agree_with_the_greedy_bit_for_bit():
 
 
 def test_a_replica_left_for_a_rank_that_has_its_expert_is_swapped_away():
-    # Rank 1 takes 0, 1 and 2 and is full; both replicas of 3 are left for rank 0.
-    load, count = np.array([[6, 3, 3, 2]]), np.array([[1, 1, 1, 3]])
-    greedy = greedy_pack(load.astype(np.float32), count, 3)
-    slots = slots_of(load, count, 3)
-    assert duplicates(greedy, 3).tolist() == [1]
-    assert duplicates(slots, 3).tolist() == [0]
+    # Rank 0 takes expert 0, rank 1 fills up with 1, 2 and 3: rank 0 is left for both halves of 4.
+    load, count = np.array([[10, 3, 3, 3, 2]]), np.array([[1, 1, 1, 1, 2]])
+    greedy = greedy_pack(load.astype(np.float32), count, 2)
+    assert greedy.tolist() == [[0, 4, 4, 1, 2, 3]]
+    assert slots_of(load, count, 2).tolist() == [[0, 4, 1, 4, 2, 3]]
 
 
 def test_separate_mends_a_placement_with_every_expert_twice_on_a_rank():

@@ -225,9 +225,11 @@ def test_any_other_name_is_refused(tmp_path, module, name):
     assert not mark.exists()
 
 
-def test_a_pickle_cannot_change_what_reads_it(tmp_path):
-    # PROTO 2, the rebuilding function, state (None, {"__call__": 1}), BUILD, STOP.
-    evil = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}X\x08\x00\x00\x00__call__K\x01s\x86b."
+@pytest.mark.parametrize("attribute", [b"__call__", b"path", b"other"])
+def test_a_pickle_cannot_change_what_reads_it(tmp_path, attribute):
+    # PROTO 2, the rebuilding function, state (None, {attribute: 1}), BUILD, STOP.
+    name = len(attribute).to_bytes(4, "little") + attribute
+    evil = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}X" + name + b"K\x01s\x86b."
     path = write_entries(tmp_path / "a.pt", {"archive/data.pkl": evil})
     with pytest.raises(ValueError, match=r"a\.pt: damaged pickle \(AttributeError"):
         read_torch_file(path)

@@ -62,14 +62,11 @@ class _Storage(NamedTuple):
     data: bytes
 
 
-class _Rebuild:
+class _Rebuild(NamedTuple):
     """`torch._utils._rebuild_tensor_v2` and `_v3`: a strided view of a storage."""
 
-    __slots__ = ("_path", "_swap")
-
-    def __init__(self, path: Path, swap: bool):
-        self._path = path
-        self._swap = swap  # the archive's byte order is not this machine's
+    path: Path
+    swap: bool  # the archive's byte order is not this machine's
 
     def __call__(
         self,
@@ -82,12 +79,12 @@ class _Rebuild:
         *rest: Any,
     ) -> np.ndarray:
         if not isinstance(storage, _Storage):
-            raise PickleError(f"{self._path}: a tensor without a storage")
+            raise PickleError(f"{self.path}: a tensor without a storage")
         dtype = storage.dtype
         if not dtype:  # _v3 passes the dtype
             dtype = rest[0].dtype if rest and isinstance(rest[0], _Named) else "uint8"
-        place = f"{self._path}: tensor in storage {storage.key}"
-        flat = _numbers(storage.data, _DTYPES[dtype], self._swap, place)
+        place = f"{self.path}: tensor in storage {storage.key}"
+        flat = _numbers(storage.data, _DTYPES[dtype], self.swap, place)
         return _strided(flat, offset, shape, strides, place)
 
 

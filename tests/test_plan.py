@@ -1,0 +1,241 @@
+import itertools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from jax_eplb.placement import Placement, max_replicas
+from jax_eplb.planner import Plan, plan
+from jax_eplb.planner.bound import lower_bound
+from jax_eplb.planner.plan import plan_layers
+from tests.greedy_reference import duplicates, greedy_plan, imbalance_of
+
+# (E, S, P), each with its own difficulty.
+SHAPES = {
+    "few spare slots": (16, 20, 4),
+    "no spare slot": (8, 8, 4),
+    "every expert on every rank": (3, 12, 4),
+    "more slots than experts times ranks": (3, 20, 4),
+    "one rank": (4, 6, 1),
+    "one slot a rank": (3, 8, 8),
+    "ranks do not divide experts": (60, 64, 8),
+    "one expert": (1, 4, 4),
+    "nearly every expert on every rank": (6, 20, 4),
+}
+LOADS = {
+    "none": lambda g, shape: np.zeros(shape),
+    "one hot expert": lambda g, shape: np.eye(shape[1])[g.integers(shape[1], size=shape[0])] * 1e9,
+    "equal": lambda g, shape: np.full(shape, 7),
+    "ties": lambda g, shape: g.integers(0, 4, shape),
+    "billions": lambda g, shape: g.integers(0, 10**9, shape),
+    "heavy tail": lambda g, shape: g.lognormal(0, 3, shape),
+    "tiny": lambda g, shape: g.random(shape) * 1e-30,
+    "huge": lambda g, shape: g.random(shape) * 1e30,
+}
+
+
+def slots_of(result: Plan) -> np.ndarray:
+    return np.asarray(result.placement.slot_to_expert, np.int64)
+
+
+def lognormal(sigma, num_experts, num_layers=12, seed=0):
+    load = np.random.default_rng(seed).lognormal(0, sigma, (num_layers, num_experts))
+    return np.rint(load / load.sum(axis=1, keepdims=True) * 262_144)
+
+
+def zipf(num_experts, num_layers=12, seed=0):
+    generator = np.random.default_rng(seed)
+    load = np.arange(1, num_experts + 1) ** -1.2 * generator.lognormal(
+        0, 0.1, (num_layers, num_experts)
+    )
+    load = generator.permuted(load, axis=1)
+    return np.rint(load / load.sum(axis=1, keepdims=True) * 262_144)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("draw", LOADS.values(), ids=LOADS.keys())
+def test_every_plan_is_valid(draw, shape):
+    num_experts, num_slots, num_ranks = shape
+    load = draw(np.random.default_rng(0), (3, num_experts))
+    result = plan(load, num_slots=num_slots, num_ranks=num_ranks)
+    slots = slots_of(result)
+    # Raises where an expert has no slot or more replicas than the ranks can use.
+    Placement.from_slots(slots, num_experts=num_experts, num_ranks=num_ranks)
+    unavoidable = max(num_slots - num_experts * num_ranks, 0)
+    assert (duplicates(slots, num_ranks) == unavoidable).all()
+    by_rank = slots.reshape(3, num_ranks, -1)
+    np.testing.assert_array_equal(by_rank, np.sort(by_rank))
+    expected = imbalance_of(load, slots, num_ranks)
+    np.testing.assert_allclose(result.imbalance, expected, rtol=1e-5, atol=1e-5)
+    assert (np.asarray(result.lower_bound) <= np.asarray(result.imbalance)).all()
+
+
+@given(arrays(np.int64, (4, 16), elements=st.integers(0, 1000)))
+def test_any_load_gives_a_valid_plan_no_worse_than_greedys(load):
+    result = plan(load, num_slots=20, num_ranks=4)
+    slots, greedy = slots_of(result), greedy_plan(load, 20, 4)
+    Placement.from_slots(slots, num_experts=16, num_ranks=4)
+    assert duplicates(slots, 4).tolist() == [0] * 4
+    # Greedy may break the rule that no rank holds an expert twice, and gain by it.
+    fair = duplicates(greedy, 4) == 0
+    ours, theirs = (imbalance_of(load, table, 4)[fair] for table in (slots, greedy))
+    assert (ours <= theirs + 1e-6).all()
+
+
+@pytest.mark.parametrize("shape", [(256, 288, 36), (128, 160, 32), (64, 96, 32), (64, 64, 8)])
+@pytest.mark.parametrize("load", [0.5, 1.0, 1.5, 2.0, "zipf"])
+def test_no_layer_is_worse_than_greedys_and_the_mean_is_below(shape, load):
+    num_experts, num_slots, num_ranks = shape
+    load = zipf(num_experts) if load == "zipf" else lognormal(load, num_experts)
+    ours = imbalance_of(
+        load, slots_of(plan(load, num_slots=num_slots, num_ranks=num_ranks)), num_ranks
+    )
+    greedy = imbalance_of(load, greedy_plan(load, num_slots, num_ranks), num_ranks)
+    assert (ours <= greedy + 1e-6).all()
+    assert ours.mean() < greedy.mean()
+
+
+def test_a_moderate_skew_is_balanced_ten_times_better_than_by_greedy():
+    load = lognormal(1.0, 256)
+    ours = plan(load, num_slots=288, num_ranks=36).imbalance.mean()
+    greedy = imbalance_of(load, greedy_plan(load, 288, 36), 36).mean()
+    assert greedy == pytest.approx(0.006, abs=0.001)  # 0.0060 in 58 layers of this kind
+    assert float(ours) < greedy / 10
+
+
+def test_greedy_can_only_win_by_holding_an_expert_twice_on_a_rank():
+    load = np.array([[3, 2, 1]])
+    greedy = greedy_plan(load, 4, 2)
+    assert greedy.tolist() == [[1, 2, 0, 0]]
+    assert imbalance_of(load, greedy, 2).tolist() == [0]
+    assert plan(load, num_slots=4, num_ranks=2).imbalance.tolist() == pytest.approx([1 / 6])
+
+
+def least_imbalance(load, num_slots, num_ranks):
+    """By trying every placement without two replicas of an expert on a rank; loads [E]."""
+    subsets = list(itertools.combinations(range(load.size), num_slots // num_ranks))
+    tables = np.array(
+        [sum(ranks, ()) for ranks in itertools.combinations_with_replacement(subsets, num_ranks)]
+    )
+    tables = tables[[len(set(row)) == load.size for row in tables.tolist()]]
+    return imbalance_of(np.tile(load, (len(tables), 1)), tables, num_ranks).min()
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 3), (5, 8, 4), (5, 6, 2)])
+def test_the_bound_is_below_and_the_plan_near_the_true_optimum(shape):
+    num_experts, num_slots, num_ranks = shape
+    load = lognormal(1.0, num_experts, num_layers=8)
+    result = plan(load, num_slots=num_slots, num_ranks=num_ranks)
+    optimum = np.array([least_imbalance(row, num_slots, num_ranks) for row in load])
+    assert (np.asarray(result.lower_bound) <= optimum + 1e-5).all()
+    assert (np.asarray(result.imbalance) >= optimum - 1e-5).all()
+    assert (np.asarray(result.imbalance) - optimum).mean() < 0.04
+
+
+def test_the_bound_knows_an_expert_that_cannot_be_split_enough():
+    bound = lower_bound(jnp.array([[90.0, 10, 10, 10]]), num_slots=5, num_ranks=5)
+    # Two replicas of 45 where the mean is 24.
+    assert bound.tolist() == pytest.approx([45 / 24 - 1])
+
+
+def test_windows_are_added_up():
+    windows = np.random.default_rng(0).integers(0, 2**40, (3, 2, 8))
+    together = plan(windows, num_slots=12, num_ranks=4)
+    summed = plan(windows.sum(axis=0), num_slots=12, num_ranks=4)
+    np.testing.assert_array_equal(slots_of(together), slots_of(summed))
+
+
+def test_layer_ids_reach_the_placement():
+    result = plan(np.ones((2, 4)), num_slots=4, num_ranks=2, layer_ids=[3, 4])
+    assert result.placement.layer_ids == (3, 4)
+    assert (result.placement.num_experts, result.placement.num_ranks) == (4, 2)
+
+
+def test_jax_and_numpy_loads_give_the_same_plan_eager_jitted_and_mapped():
+    load = lognormal(1.0, 16, num_layers=6)
+    sizes = {"num_slots": 20, "num_ranks": 4}
+    expected = slots_of(plan(load, **sizes))
+    on_device = jnp.asarray(load, jnp.float32)
+    np.testing.assert_array_equal(slots_of(plan(on_device, **sizes)), expected)
+    jitted = jax.jit(lambda load: plan(load, **sizes))(on_device)
+    np.testing.assert_array_equal(slots_of(jitted), expected)
+    mapped = jax.vmap(lambda load: plan(load, **sizes))(on_device.reshape(3, 2, 16))
+    np.testing.assert_array_equal(slots_of(mapped).reshape(6, 20), expected)
+
+
+def test_a_layers_plan_does_not_depend_on_the_others():
+    load = np.concatenate([lognormal(0.5, 16, 3), lognormal(2.0, 16, 3)])
+    together = slots_of(plan(load, num_slots=20, num_ranks=4))
+    alone = [slots_of(plan(row[None], num_slots=20, num_ranks=4))[0] for row in load]
+    np.testing.assert_array_equal(together, alone)
+
+
+def test_nan_inside_jit_counts_as_no_load():
+    damaged = jnp.array([[jnp.nan, -1, jnp.inf, 4]])
+    slots, _, _ = plan_layers(damaged, num_slots=6, num_ranks=3)
+    Placement.from_slots(slots, num_experts=4, num_ranks=3)
+
+
+def test_a_second_plan_of_the_same_shape_compiles_nothing(caplog):
+    def compilations(load, num_slots):
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level(logging.WARNING):
+            plan(load, num_slots=num_slots, num_ranks=5)
+        return sum("Finished XLA compilation" in record.message for record in caplog.records)
+
+    jax.clear_caches()
+    assert compilations(lognormal(0.5, 20), 25) > 0
+    assert compilations(lognormal(2.0, 20, seed=1), 25) == 0
+    assert compilations(np.zeros((12, 20), np.int32), 25) == 0
+    assert compilations(lognormal(0.5, 20), 30) > 0
+
+
+@pytest.mark.parametrize(
+    ("load", "message"),
+    [
+        (np.ones(4), r"shape \(4,\); expected \[layers, experts\]"),
+        (np.ones((0, 4)), r"shape \(0, 4\)"),
+        (np.array([["a", "b"]]), "load is <U1; expected counts"),
+        (np.array([[1, 2, 3, np.nan]]), "layer 7, expert 3: load nan"),
+        (np.array([[1, -2, 3, 4]]), r"layer 7, expert 1: load -2\.0; expected a count"),
+        (np.array([[[1, 2, 3, 4]], [[1, 2, np.inf, 4]]]), "window 1, layer 7, expert 2: load inf"),
+        (jnp.array([[1.0, 2, -3, 4]]), "layer 7, expert 2"),
+    ],
+)
+def test_a_damaged_load_is_refused_by_name(load, message):
+    with pytest.raises(ValueError, match=message):
+        plan(load, num_slots=4, num_ranks=2, layer_ids=[7])
+
+
+@pytest.mark.parametrize(
+    ("num_slots", "num_ranks", "message"),
+    [
+        (6, 4, "6 slots cannot be divided among 4 ranks; use a multiple of 4, such as 8"),
+        (2, 2, "2 slots cannot hold 4 experts; use at least 4"),
+        (4, 0, "number of ranks is 0"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(num_slots, num_ranks, message):
+    with pytest.raises(ValueError, match=message):
+        plan(np.ones((1, 4)), num_slots=num_slots, num_ranks=num_ranks)
+
+
+def test_layer_ids_must_fit_the_load():
+    with pytest.raises(ValueError, match="3 layer ids were given for 2 layers"):
+        plan(np.ones((2, 4)), num_slots=4, num_ranks=2, layer_ids=[1, 2, 3])
+
+
+@pytest.mark.slow
+def test_a_thousand_ranks_are_planned():
+    load = lognormal(1.0, 1024, num_layers=58)
+    result = plan(load, num_slots=2000, num_ranks=1000)
+    slots = slots_of(result)
+    Placement.from_slots(slots, num_experts=1024, num_ranks=1000)
+    assert duplicates(slots, 1000).tolist() == [0] * 58
+    assert slots.shape == (58, 2000)
+    assert max_replicas(1024, 2000, 1000) == 977
