@@ -3,6 +3,7 @@
 Axes: W windows (iterations), L layers, E experts, S slots, P ranks, T tokens, K choices a token.
 """
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 from typing import Literal
@@ -67,10 +68,10 @@ class Recording:
         if len(self.iterations) != windows:
             raise ValueError(f"{self.source}: {len(self.iterations)} iterations, {windows} windows")
         if counts.min() < 0:
-            w, l, e = np.unravel_index(counts.argmin(), counts.shape)
+            w, layer, e = np.unravel_index(counts.argmin(), counts.shape)
             raise ValueError(
-                f"{self.source}: iteration {self.iterations[w]}, layer {self.layer_ids[l]}, "
-                f"{self.unit[:-1]} {e}: negative count {counts[w, l, e]}"
+                f"{self.source}: iteration {self.iterations[w]}, layer {self.layer_ids[layer]}, "
+                f"{self.unit[:-1]} {e}: negative count {counts[w, layer, e]}"
             )
         if self.unit == "experts" and width != self.num_experts:
             raise ValueError(
@@ -153,3 +154,70 @@ class Recording:
         """The recording of the iterations with at least so many tokens."""
         held = self.counts.sum(axis=2).max(axis=1) / self.experts_per_token
         return self.keep(np.flatnonzero(held >= tokens))
+
+
+class Recorder:
+    """Keeps the counts of the iterations start ≤ i < stop, as a run hands them over.
+
+    `record` takes device arrays and returns at once: it asks for their values only when
+    `_WAITING` younger iterations have been handed over, or when the recording is read.
+    """
+
+    _WAITING = 64
+
+    def __init__(
+        self,
+        *,
+        num_experts: int,
+        experts_per_token: int,
+        layer_ids: Sequence[int],
+        start: int = 0,
+        stop: int | None = None,
+        placement: Placement | None = None,
+    ):
+        if start < 0 or (stop is not None and stop <= start):
+            raise ValueError(
+                f"the iterations to record are {start} to {stop}; use 0 ≤ start < stop"
+            )
+        self._range = (start, stop)
+        self._sizes = (num_experts, experts_per_token, tuple(layer_ids))
+        self._placement = placement
+        self._waiting: collections.deque[tuple[int, Array, Array]] = collections.deque()
+        self._kept: list[tuple[int, np.ndarray, np.ndarray]] = []
+        self.iteration = 0
+
+    def record(self, expert_tokens: Int[Array, "P L E"], rank_tokens: Int[Array, "P L"]) -> None:
+        """Hand over one iteration: choices by routing rank, layer and expert, and by rank."""
+        start, stop = self._range
+        if self.iteration >= start and (stop is None or self.iteration < stop):
+            self._waiting.append((self.iteration, expert_tokens, rank_tokens))
+        self.iteration += 1
+        self._read(leave=self._WAITING)
+
+    def recording(self) -> Recording:
+        """All iterations kept so far; raises ValueError where there is none."""
+        self._read(leave=0)
+        if not self._kept:
+            start, stop = self._range
+            end = "the end" if stop is None else stop
+            raise ValueError(
+                f"nothing was recorded: the run had {self.iteration} iterations, and those from "
+                f"{start} to {end} were to be kept"
+            )
+        iterations, counts, rank_tokens = zip(*self._kept, strict=True)
+        num_experts, experts_per_token, layer_ids = self._sizes
+        return Recording(
+            counts=np.stack(counts),
+            num_experts=num_experts,
+            experts_per_token=experts_per_token,
+            layer_ids=layer_ids,
+            iterations=iterations,
+            placement=self._placement,
+            rank_tokens=np.stack(rank_tokens),
+        )
+
+    def _read(self, leave: int) -> None:
+        while len(self._waiting) > leave:
+            iteration, expert_tokens, rank_tokens = self._waiting.popleft()
+            counts = np.asarray(expert_tokens, np.int64).sum(axis=0)
+            self._kept.append((iteration, counts, np.asarray(rank_tokens, np.int64).T))

@@ -51,8 +51,9 @@ def derive_tables(
         order = jnp.argsort(experts, stable=True).astype(jnp.int32)  # [S], slots by expert
         count = jnp.zeros(num_experts, jnp.int32).at[experts].add(1)
         first = jnp.cumsum(count) - count
-        position = first[:, None] + jnp.arange(max_replicas, dtype=jnp.int32)  # [E, R]
-        held = jnp.arange(max_replicas, dtype=jnp.int32) < count[:, None]
+        replica = jnp.arange(max_replicas, dtype=jnp.int32)[None]
+        position = first[:, None] + replica  # [E, R]
+        held = replica < count[:, None]
         slots = jnp.where(held, order[jnp.minimum(position, num_slots - 1)], num_slots)
         return PlacementTables(slots.astype(jnp.int32), count)
 
@@ -166,10 +167,10 @@ def check_sizes(num_experts: int, num_slots: int, num_ranks: int) -> None:
         if value < 1:
             raise ValueError(f"the number of {name} is {value}; it must be at least 1")
     if num_slots % num_ranks:
-        above = -(-num_slots // num_ranks) * num_ranks
+        above = fewest_slots(max(num_slots, num_experts), num_ranks)
         raise ValueError(
             f"{num_slots} slots cannot be divided among {num_ranks} ranks; "
-            f"use a multiple of {num_ranks}, such as {max(above, fewest_slots(num_experts, num_ranks))}"
+            f"use a multiple of {num_ranks}, such as {above}"
         )
     if num_slots < num_experts:
         raise ValueError(

@@ -6,13 +6,16 @@ the W windows of a recording.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from jax_eplb.placement import Placement
 
 
 def even_split(
-    load: Num[Array, "*windows L E"], slot_to_expert: Int[Array, "L S"], num_experts: int
+    load: Num[Array, "*windows L E"] | np.ndarray,
+    slot_to_expert: Int[Array, "L S"] | np.ndarray,
+    num_experts: int,
 ) -> Float[Array, "*windows L S"]:
     """Tokens of each slot where each expert's tokens are dealt evenly over its replicas.
 
@@ -32,7 +35,9 @@ def even_split(
     return _even_split(jnp.asarray(load, jnp.float32), jnp.asarray(slot_to_expert, jnp.int32))
 
 
-def rank_load(load: Num[Array, "*windows L E"], placement: Placement) -> Float[Array, "... L P"]:
+def rank_load(
+    load: Num[Array, "*windows L E"] | np.ndarray, placement: Placement
+) -> Float[Array, "*windows L P"]:
     """Tokens of each rank under `even_split`, float32.
 
     >>> placement = Placement.default(num_experts=3, num_slots=4, num_ranks=2)  # 0 1 | 1 2

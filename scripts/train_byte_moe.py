@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jax_eplb.checkpoint import TrainingCheckpoints
+from jax_eplb.mesh import expert_mesh
 from jax_eplb.models import DecoderConfig, parameters
 from jax_eplb.models.config import read_config
 from jax_eplb.models.training import Trainer, TrainingConfig, corpus
 from jax_eplb.models.weights import SavedDecoder, save_decoder
-from jax_eplb.moe.layer import expert_mesh
 
 HELD_OUT_BYTES = 2**18  # of each kind
 
@@ -46,7 +46,7 @@ def main():
     text = corpus(texts, training.kinds, mesh)
 
     params = parameters.initialize(jax.random.key(training.seed), config, mesh, trainer.axis_name)
-    state = (params, jax.jit(training.optimizer().init)(params))
+    state = (params, trainer.optimizer_state(params))
     checkpoints = TrainingCheckpoints(arguments.out / "checkpoints")
     first, state = checkpoints.restore_latest(state)
     console = Console()
@@ -81,7 +81,7 @@ def main():
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Train the byte-level MoE model.")
     parser.add_argument("--config", type=Path, default=Path("configs/byte_moe.yaml"))
     parser.add_argument("--text", type=Path, default=Path("data/text"))
     parser.add_argument("--out", type=Path, default=Path("out/byte_moe"))
@@ -119,7 +119,7 @@ def held_out_bits(trainer: Trainer, params, tables, text: bytes) -> float:
     length, size = trainer.training.sequence_length, 16 * trainer.moe.num_ranks
     text = text[:HELD_OUT_BYTES]
     passages = np.frombuffer(text[: (len(text) - 1) // length * length], np.uint8)
-    following = np.frombuffer(text, np.uint8)[length :: length][: len(passages) // length]
+    following = np.frombuffer(text, np.uint8)[length::length][: len(passages) // length]
     passages = np.concatenate([passages.reshape(-1, length), following[:, None]], axis=1)
     run = jax.jit(functools.partial(trainer.losses, params))
     count = len(passages) // size

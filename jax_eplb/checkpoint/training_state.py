@@ -2,12 +2,10 @@
 
 import os
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-
-State = TypeVar("State")
 
 
 class TrainingCheckpoints:
@@ -21,7 +19,7 @@ class TrainingCheckpoints:
         """Write the state after `step` steps; returns once the arrays may change again."""
         self._manager.save(step, args=ocp.args.StandardSave(state))
 
-    def restore_latest(self, like: State) -> tuple[int, State]:
+    def restore_latest(self, like: Any) -> tuple[int, Any]:
         """The last step and its state, with the shardings of `like`; (0, like) where none is."""
         step = self._manager.latest_step()
         if step is None:

@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
+
+_DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
 
 
 def save_weights(arrays: Mapping[str, np.ndarray], path: str | os.PathLike, facts: Any) -> None:
@@ -33,7 +36,11 @@ def load_weights(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], Any]:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     try:
-        arrays = safetensors.numpy.load(data)
+        # safetensors' own numpy reader does not know bfloat16.
+        arrays = {
+            name: np.frombuffer(entry["data"], _DTYPES[entry["dtype"]]).reshape(entry["shape"])
+            for name, entry in safetensors.deserialize(data)
+        }
         (header_size,) = struct.unpack("<Q", data[:8])
         metadata = json.loads(data[8 : 8 + header_size]).get("__metadata__", {})
         facts = json.loads(metadata["facts"])
@@ -41,6 +48,7 @@ def load_weights(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], Any]:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
     except (KeyError, json.JSONDecodeError):
         raise ValueError(
-            f"{path}: no 'facts' in its metadata; it was not written by jax_eplb"
+            f"{path}: no facts in its metadata, or arrays that are not floats; "
+            "it was not written by jax_eplb"
         ) from None
     return arrays, facts

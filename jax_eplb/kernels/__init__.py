@@ -1,5 +1,6 @@
 """Matrix products of rows with the weights of their group."""
 
 from jax_eplb.kernels.grouped_matmul import IMPLEMENTATIONS as IMPLEMENTATIONS
+from jax_eplb.kernels.grouped_matmul import check_implementation as check_implementation
 from jax_eplb.kernels.grouped_matmul import grouped_matmul as grouped_matmul
 from jax_eplb.kernels.row_blocks import by_row_blocks as by_row_blocks

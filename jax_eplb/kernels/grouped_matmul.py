@@ -40,16 +40,19 @@ def grouped_matmul(
     [[2.0], [5.0], [0.0]]
     """
     if implementation is not None:
-        if implementation not in IMPLEMENTATIONS:
-            known = ", ".join(sorted(IMPLEMENTATIONS))
-            raise ValueError(f"unknown grouped_matmul implementation {implementation!r}; {known}")
+        check_implementation(implementation)
         return IMPLEMENTATIONS[implementation](rows, weights, group_sizes)
     blocks = _block_bound(rows.shape[0], weights.shape[0], GPU_BLOCK_ROWS)
     copied = blocks * weights[0].size * weights.dtype.itemsize
     accelerated = gathered if copied <= GATHERED_BYTES else ragged_dot
-    return jax.lax.platform_dependent(
-        rows, weights, group_sizes, cpu=blocked, default=accelerated
-    )
+    return jax.lax.platform_dependent(rows, weights, group_sizes, cpu=blocked, default=accelerated)
+
+
+def check_implementation(name: str) -> None:
+    """Raise ValueError unless `name` is one of `IMPLEMENTATIONS`."""
+    if name not in IMPLEMENTATIONS:
+        known = ", ".join(sorted(IMPLEMENTATIONS))
+        raise ValueError(f"unknown grouped_matmul implementation {name!r}; use one of {known}")
 
 
 def reference(rows, weights, group_sizes):
@@ -83,8 +86,8 @@ def _gathered_backward(residuals, grad):
     row_blocks, grad_blocks = _take_rows(rows, index), _take_rows(grad, index)
     by_block = jnp.einsum("nbd,nbf->ndf", row_blocks, grad_blocks)
     # A product with zeros and ones: scattered additions to a few groups would wait for each other.
-    member = (group == jnp.arange(len(weights))[:, None]).astype(by_block.dtype)  # [G, blocks]
-    grad_weights = jnp.einsum("gn,ndf->gdf", member, by_block)
+    member = group[None] == jnp.arange(len(weights), dtype=jnp.int32)[:, None]  # [G, blocks]
+    grad_weights = jnp.einsum("gn,ndf->gdf", member.astype(by_block.dtype), by_block)
     return grad_rows, grad_weights, None
 
 
@@ -151,7 +154,7 @@ def _block_rows(num_rows: int, group_sizes: Int[Array, "G"]):
     blocks = _blocks(group_sizes, GPU_BLOCK_ROWS)
     bound = _block_bound(num_rows, len(group_sizes), GPU_BLOCK_ROWS)
     group, start, end = jax.vmap(lambda i: _block(blocks, i, GPU_BLOCK_ROWS))(jnp.arange(bound))
-    index = start[:, None] + jnp.arange(GPU_BLOCK_ROWS)  # [blocks, B]
+    index = start[:, None] + jnp.arange(GPU_BLOCK_ROWS, dtype=jnp.int32)[None]  # [blocks, B]
     return group, jnp.where(index < end[:, None], index, num_rows)
 
 

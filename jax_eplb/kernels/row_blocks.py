@@ -6,7 +6,7 @@ Axis: M rows.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +14,13 @@ from jaxtyping import Array
 
 BLOCK_ROWS = 32
 
-Result = TypeVar("Result")
 
-
-def by_row_blocks(
-    function: Callable[..., Result], *rows: Array, block_rows: int = BLOCK_ROWS
-) -> Result:
+def by_row_blocks(function: Callable[..., Any], *rows: Array, block_rows: int = BLOCK_ROWS) -> Any:
     """`function(*rows)`, where each row of the results depends on its own row alone.
 
-    On CPU the function runs on blocks of `block_rows`, so that no bit of a result depends on how many
-    rows there are; elsewhere it runs once. Every array, given or returned, has M as first axis.
+    On CPU the function runs on blocks of `block_rows` rows, so that no bit of a result depends on
+    how many rows there are; elsewhere it runs once. Every array, given or returned, has M as
+    first axis.
 
     >>> by_row_blocks(lambda x: x / x.sum(axis=1, keepdims=True), jnp.ones((3, 2))).tolist()
     [[0.5, 0.5], [0.5, 0.5], [0.5, 0.5]]

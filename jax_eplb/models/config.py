@@ -33,9 +33,12 @@ class DecoderConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             least = 0 if field.name in ("num_dense_layers", "shared_hidden_dim") else 1
-            if field.type == "int" or field.type is int:
-                if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                    raise ValueError(f"{field.name} is {value!r}; use an integer of {least} or more")
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+            if field.type is int and not whole:
+                raise ValueError(f"{field.name} is {value!r}; use an integer of {least} or more")
+            # YAML 1.1 reads 1e-6 as text: it wants 1.0e-6.
+            if field.type is float and not (isinstance(value, int | float) and value > 0):
+                raise ValueError(f"{field.name} is {value!r}; use a positive number, as 1.0e-6")
         if self.num_dense_layers >= self.num_layers:
             raise ValueError(
                 f"num_dense_layers is {self.num_dense_layers} of {self.num_layers} layers; "
@@ -43,6 +46,11 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even one")
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"experts_per_token is {self.experts_per_token} of {self.num_experts} experts; "
+                "a token cannot choose more than there are"
+            )
 
     @property
     def num_moe_layers(self) -> int:
@@ -76,7 +84,9 @@ class DecoderConfig:
         known = {field.name for field in fields}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ValueError(f"{source}: unknown model setting {unknown[0]!r}; known: {sorted(known)}")
+            raise ValueError(
+                f"{source}: unknown model setting {unknown[0]!r}; known: {sorted(known)}"
+            )
         required = {f.name for f in fields if f.default is dataclasses.MISSING}
         missing = sorted(required - set(values))
         if missing:

@@ -135,7 +135,7 @@ def _rms_norm(x, scale, epsilon):
     wide = x.astype(jnp.float32)
     mean_square = jnp.square(wide).mean(axis=-1, keepdims=True)
     normed = wide * jax.lax.rsqrt(mean_square + jnp.float32(epsilon))
-    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+    return (normed * scale.astype(jnp.float32)[None]).astype(x.dtype)
 
 
 def _attention(params, x, batch: Batch, cache: Cache | None, layer, config: DecoderConfig):

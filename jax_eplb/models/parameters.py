@@ -4,6 +4,7 @@ Axes: L MoE layers, E experts, S slots, D embedding width, F hidden width.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,31 +26,42 @@ def shapes(config: DecoderConfig) -> DecoderParams:
     hidden, shared = config.expert_hidden_dim, config.shared_hidden_dim
     dense, sparse, experts = config.num_dense_layers, config.num_moe_layers, config.num_experts
 
+    def leaf(*shape: int) -> Any:  # where a DecoderParams has an array
+        return shape
+
     def attention(layers):
-        return AttentionParams((layers, embed), (layers, embed, 3 * heads), (layers, heads, embed))
+        return AttentionParams(
+            norm=leaf(layers, embed),
+            query_key_value=leaf(layers, embed, 3 * heads),
+            out=leaf(layers, heads, embed),
+        )
 
     def gated(layers, width):
-        return SharedWeights((layers, embed, 2 * width), (layers, width, embed))
+        return SharedWeights(leaf(layers, embed, 2 * width), leaf(layers, width, embed))
 
-    bank = (sparse, experts)
     moe = MoEParams(
-        router=(sparse, embed, experts),
-        experts=ExpertWeights((*bank, embed, 2 * hidden), (*bank, hidden, embed)),
+        router=leaf(sparse, embed, experts),
+        experts=ExpertWeights(
+            gate_up=leaf(sparse, experts, embed, 2 * hidden),
+            down=leaf(sparse, experts, hidden, embed),
+        ),
         shared=gated(sparse, shared) if shared else None,
     )
     return DecoderParams(
-        embed=(config.vocab_size, embed),
-        dense=DenseLayer(attention(dense), (dense, embed), gated(dense, config.dense_hidden_dim)),
-        sparse=MoELayer(attention(sparse), (sparse, embed), moe),
-        norm=(embed,),
-        unembed=(embed, config.vocab_size),
+        embed=leaf(config.vocab_size, embed),
+        dense=DenseLayer(
+            attention(dense), leaf(dense, embed), gated(dense, config.dense_hidden_dim)
+        ),
+        sparse=MoELayer(attention(sparse), leaf(sparse, embed), moe),
+        norm=leaf(embed),
+        unembed=leaf(embed, config.vocab_size),
     )
 
 
 def specs(config: DecoderConfig, axis_name: str) -> DecoderParams:
     """How each array is spread: experts over their slots, everything else on every device."""
     everywhere = _map_shapes(lambda name, shape: P(), config)
-    bank = P(None, axis_name)
+    bank: Any = P(None, axis_name)
     moe = everywhere.sparse.moe._replace(experts=ExpertWeights(bank, bank))
     return everywhere._replace(sparse=everywhere.sparse._replace(moe=moe))
 
@@ -103,7 +115,7 @@ def on_mesh(
 
     The router stays float32: it decides by small differences.
     """
-    spread = specs(config, axis_name)
+    spread: Any = specs(config, axis_name)
     bank = NamedSharding(mesh, spread.sparse.moe.experts.gate_up)
 
     def place(name, array, spec):

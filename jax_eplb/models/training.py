@@ -38,6 +38,12 @@ class TrainingConfig:
     balance_loss: float  # weight of Switch Transformer's load-balancing loss
     kinds: dict[str, float] = dataclasses.field(hash=False)  # share of each kind of text
 
+    def __post_init__(self):
+        if self.steps <= self.warmup_steps:
+            raise ValueError(
+                f"steps is {self.steps}; use more than warmup_steps, {self.warmup_steps}"
+            )
+
     def optimizer(self) -> optax.GradientTransformation:
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, self.learning_rate, self.warmup_steps, self.steps, self.final_learning_rate
@@ -72,8 +78,8 @@ def corpus(texts: dict[str, bytes], shares: dict[str, float], mesh: Mesh) -> Cor
     text = np.frombuffer(b"".join(texts[kind] for kind in shares), np.uint8)
     start = np.cumsum([0, *lengths[:-1]], dtype=np.int32)
     share = np.array(list(shares.values()), np.float32)
-    arrays = Corpus(text, start, np.array(lengths, np.int32), share / share.sum())
-    return jax.device_put(arrays, NamedSharding(mesh, P()))
+    arrays = (text, start, np.array(lengths, np.int32), share / share.sum())
+    return Corpus(*jax.device_put(arrays, NamedSharding(mesh, P())))
 
 
 def draw(corpus: Corpus, seed: int, step: Int[Array, ""], size: int, length: int):
@@ -118,6 +124,19 @@ class Trainer:
             num_slots=self.moe.num_slots,
         )
         return LayerTables(*jax.device_put(placement.tables(), NamedSharding(self.mesh, P())))
+
+    def optimizer_state(self, params: DecoderParams):
+        """A fresh optimizer state: what belongs to a parameter is spread as the parameter is."""
+        init = self.training.optimizer().init
+        everywhere = NamedSharding(self.mesh, P())
+        shardings = optax.tree_utils.tree_map_params(
+            init,
+            lambda _, parameter: parameter.sharding,
+            jax.eval_shape(init, params),
+            params,
+            transform_non_params=lambda _: everywhere,
+        )
+        return jax.jit(init, out_shardings=shardings)(params)
 
     def losses(self, params: DecoderParams, tables: LayerTables, passages) -> Losses:
         """Next-token loss of int32[B, T + 1] passages, B divisible by the ranks."""

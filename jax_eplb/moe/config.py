@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from jax_eplb.kernels import check_implementation
 from jax_eplb.placement import check_sizes
 
 
@@ -27,9 +28,9 @@ class MoEConfig:
 
     def __post_init__(self):
         check_sizes(self.num_experts, self.num_slots, self.num_ranks)
-        for name in ("embed_dim", "hidden_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name, least in (("embed_dim", 1), ("hidden_dim", 1), ("shared_hidden_dim", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if not 1 <= self.experts_per_token <= self.num_experts:
             raise ValueError(
                 f"experts_per_token is {self.experts_per_token}; "
@@ -40,6 +41,8 @@ class MoEConfig:
                 f"max_tokens_per_wave is {self.max_tokens_per_wave}; a wave carries at least one "
                 f"token from each of the {self.num_ranks} ranks"
             )
+        if self.kernel is not None:
+            check_implementation(self.kernel)
 
     @property
     def slots_per_rank(self) -> int:
@@ -47,7 +50,7 @@ class MoEConfig:
 
     def wave_capacity(self, num_tokens: int) -> int:
         """Rows that one rank sends another in a wave, for a batch of T tokens a rank."""
-        choices = num_tokens * self.experts_per_token
+        choices = max(1, num_tokens * self.experts_per_token)
         if self.max_tokens_per_wave is not None:
             return min(choices, self.max_tokens_per_wave // self.num_ranks)
         # Twice the even share: a second wave is then rare, and small batches never need one.

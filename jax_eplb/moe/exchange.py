@@ -40,7 +40,6 @@ class _Wave(NamedTuple):
     slot: Int[Array, "P*C"]  # on the receiving rank; N where the row is empty
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def exchange(
     compute: Compute,
     grid: ExchangeGrid,
@@ -53,6 +52,14 @@ def exchange(
     Inside `shard_map` over `grid.axis_name`. Slots of S or more (padding) are not sent; their
     results are zero. Returns the results by choice, and the number of rows this rank computed.
     """
+    if slots.size == 0:
+        nothing = zeros_varying_like((*slots.shape, rows.shape[1]), rows.dtype, rows, slots)
+        return nothing, zeros_varying_like((), jnp.int32, rows, slots)
+    return _in_waves(compute, grid, rows, slots, params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _in_waves(compute: Compute, grid: ExchangeGrid, rows, slots, params):
     position = _positions(slots, grid)
 
     def body(wave, carry):
@@ -71,11 +78,11 @@ def exchange(
     return results.reshape(*slots.shape, rows.shape[1]), received
 
 
-def _exchange_forward(compute, grid, rows, slots, params):
-    return exchange(compute, grid, rows, slots, params), (rows, slots, params)
+def _in_waves_forward(compute, grid, rows, slots, params):
+    return _in_waves(compute, grid, rows, slots, params), (rows, slots, params)
 
 
-def _exchange_backward(compute, grid, residuals, grads):
+def _in_waves_backward(compute, grid, residuals, grads):
     rows, slots, params = residuals
     grad_results = grads[0].reshape(slots.size, rows.shape[1])
     position = _positions(slots, grid)
@@ -103,7 +110,7 @@ def _exchange_backward(compute, grid, residuals, grads):
     return grad_rows, None, grad_params
 
 
-exchange.defvjp(_exchange_forward, _exchange_backward)
+_in_waves.defvjp(_in_waves_forward, _in_waves_backward)
 
 
 def _positions(slots: Int[Array, "T K"], grid: ExchangeGrid) -> Int[Array, "T*K"]:

@@ -4,16 +4,19 @@ Axes: L layers, E experts, S slots. The slot axis of a bank of weights is sharde
 axis of the mesh; a layer's bank is [S, …], a stack of layers' is [L, S, …].
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, Sharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 
+@functools.partial(jax.jit, static_argnames=("init_one", "mesh", "axis_name"))
 def init_experts(
     key: PRNGKeyArray,
     slot_to_expert: Int[Array, "S"],
@@ -27,15 +30,15 @@ def init_experts(
     device ever holds more than its own slots.
     """
 
-    def local(slots):
+    def local(key, slots):
         return jax.lax.map(lambda expert: init_one(jax.random.fold_in(key, expert)), slots)
 
-    make = jax.shard_map(local, mesh=mesh, in_specs=P(axis_name), out_specs=P(axis_name))
-    return jax.jit(make)(slot_to_expert)
+    make = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(axis_name)), out_specs=P(axis_name))
+    return make(key, slot_to_expert)
 
 
 def place_experts(
-    by_expert: np.ndarray, slot_to_expert: np.ndarray, sharding: NamedSharding
+    by_expert: np.ndarray, slot_to_expert: np.ndarray, sharding: Sharding
 ) -> jax.Array:
     """Lay out a bank in slots: [E, …] with int32[S], or [L, E, …] with int32[L, S].
 
@@ -45,7 +48,7 @@ def place_experts(
     table = np.asarray(slot_to_expert)
     shape = (*table.shape, *by_expert.shape[table.ndim :])
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: Any) -> np.ndarray:  # a slice for each axis
         rows = table[index[: table.ndim]]
         if table.ndim == 1:
             chosen = by_expert[rows]
@@ -63,22 +66,26 @@ def experts_in_order(
 ) -> np.ndarray:
     """Read a bank back in expert order onto the host: [E, …] or [L, E, …].
 
-    One slot of each expert is read. Raises ValueError where an expert is on no device of this
-    process.
+    Other axes may be sharded too. Raises ValueError where an expert, or a part of it, is on no
+    device of this process.
     """
     table = np.asarray(slot_to_expert)
-    out = np.empty((*table.shape[:-1], num_experts, *by_slot.shape[table.ndim :]), by_slot.dtype)
-    seen = np.zeros(out.shape[: table.ndim], bool)
+    outer = table.ndim
+    out = np.empty((*table.shape[:-1], num_experts, *by_slot.shape[outer:]), by_slot.dtype)
+    # Slices cannot be hashed before Python 3.12, so parts of an expert go by their text.
+    parts = by_slot.sharding.devices_indices_map(by_slot.shape).values()
+    seen = {str(part[outer:]): np.zeros(out.shape[:outer], bool) for part in parts}
+    layers = np.arange(len(table))[:, None]
     for shard in by_slot.addressable_shards:
-        values = np.asarray(shard.data)
-        rows = table[shard.index[: table.ndim]]
-        if table.ndim == 1:
-            out[rows], seen[rows] = values, True
-        else:
-            layers = np.arange(table.shape[0])[shard.index[0]][:, None]
-            out[layers, rows], seen[layers, rows] = values, True
-    if not seen.all():
-        missing = np.argwhere(~seen)[0].tolist()
+        rows = (table[shard.index[:outer]],)
+        if outer == 2:
+            rows = (layers[shard.index[0]], *rows)
+        inside = shard.index[outer:]
+        seen[str(inside)][rows] = True
+        out[(..., *inside)][rows] = np.asarray(shard.data)
+    complete = np.logical_and.reduce(list(seen.values()))
+    if not complete.all():
+        missing = np.argwhere(~complete)[0].tolist()
         raise ValueError(
             f"expert {missing[-1]} is on no device of this process; read the weights from a "
             "checkpoint, or on a process that holds them all"
@@ -86,6 +93,7 @@ def experts_in_order(
     return out
 
 
+@functools.cache  # equal initializers are one, so that a second layer compiles nothing
 def lecun_normal(fan_in: int, shape: tuple[int, ...], dtype=jnp.float32):
     """An initializer of one expert's matrix: normal, variance 1 / fan_in."""
 

@@ -64,12 +64,12 @@ def moe_forward(
     for the shared expert. On one backend the result does not depend on the placement, nor on the
     number of ranks, bit for bit.
     """
+
     # The router decides by small differences: float32, whatever the activations are.
     def route(rows):
         logits = rows.astype(jnp.float32) @ params.router
-        return logits, softmax_top_k(
-            logits, config.experts_per_token, renormalize=config.renormalize
-        )
+        routes = softmax_top_k(logits, config.experts_per_token, renormalize=config.renormalize)
+        return logits, routes
 
     logits, routes = by_row_blocks(route, tokens)
     expert_tokens = count_experts(routes.experts, config.num_experts, mask)

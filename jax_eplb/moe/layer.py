@@ -4,6 +4,7 @@ A thin shell: it owns the arrays and their shardings; `moe_forward` does the wor
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,10 @@ class MoE(nnx.Module):
                 num_slots=config.num_slots,
                 num_ranks=config.num_ranks,
             )
-        self._set_tables(self._checked(placement))
+        else:
+            self._check(placement)
+        tables = self._tables_of(placement)
+        self.slot_to_expert, self.expert_to_slots, self.replica_count = map(SlotTable, tables)
         embed, hidden, shared = config.embed_dim, config.hidden_dim, config.shared_hidden_dim
         slots = self.slot_to_expert[...]
 
@@ -96,23 +100,29 @@ class MoE(nnx.Module):
         Padding (mask False) is neither computed nor counted. Adds to `expert_tokens` int32[E] and
         `rank_tokens` int32[P].
         """
-        flat = tokens.reshape(-1, tokens.shape[-1])
+        width = self.config.embed_dim
+        if tokens.shape[-1] != width:
+            raise ValueError(f"the tokens have shape {tokens.shape}; expected (..., {width})")
+        if mask is not None and mask.shape != tokens.shape[:-1]:
+            raise ValueError(f"the mask has shape {mask.shape}; expected {tokens.shape[:-1]}")
+        flat = tokens.reshape(-1, width)
         flat_mask = jnp.ones(len(flat), bool) if mask is None else mask.reshape(-1)
         if len(flat) % self.config.num_ranks:
             raise ValueError(
                 f"{len(flat)} tokens (of {tokens.shape}) cannot be divided among "
                 f"{self.config.num_ranks} ranks; pad them and give a mask"
             )
-        axis = P(self.axis_name)
-        forward = jax.shard_map(
-            functools.partial(_forward, config=self.config, axis_name=self.axis_name),
-            mesh=self.mesh,
-            in_specs=(self._param_specs(), P(), axis, axis),
-            out_specs=(axis, axis, axis),
-        )
         tables = LayerTables(self.expert_to_slots[...], self.replica_count[...])
-        out, expert_tokens, rank_tokens = forward(self._params(), tables, flat, flat_mask)
-        self.expert_tokens[...] += expert_tokens.sum(axis=0)
+        out, expert_tokens, rank_tokens = _forward(
+            self._params(),
+            tables,
+            flat,
+            flat_mask,
+            config=self.config,
+            mesh=self.mesh,
+            axis_name=self.axis_name,
+        )
+        self.expert_tokens[...] += expert_tokens
         self.rank_tokens[...] += rank_tokens
         return out.reshape(tokens.shape)
 
@@ -122,18 +132,28 @@ class MoE(nnx.Module):
         self.rank_tokens[...] = jnp.zeros_like(self.rank_tokens[...])
 
     def use_placement(self, placement: Placement) -> None:
-        """Move the experts to the slots of a one-layer placement; shapes stay what they are."""
-        self._checked(placement)
-        for param in (self.gate_up, self.down):
-            weights = experts_in_order(
-                param[...], np.asarray(self.slot_to_expert[...]), self.config.num_experts
-            )
-            param[...] = place_experts(
-                weights, np.asarray(placement.slot_to_expert)[0], param[...].sharding
-            )
-        self._set_tables(placement)
+        """Move the experts to the slots of a one-layer placement; shapes stay what they are.
 
-    def _checked(self, placement: Placement) -> Placement:
+        All or nothing: where the placement does not fit, ValueError, and all stays as it was.
+        """
+        self._check(placement)
+        here = np.asarray(self.slot_to_expert[...])
+        there = np.asarray(placement.slot_to_expert)[0]
+        banks = (self.gate_up, self.down)
+        moved = [
+            place_experts(
+                experts_in_order(bank[...], here, self.config.num_experts),
+                there,
+                bank[...].sharding,
+            )
+            for bank in banks
+        ]
+        tables = self._tables_of(placement)
+        for bank, weights in zip(banks, moved, strict=True):
+            bank[...] = weights
+        self.slot_to_expert[...], self.expert_to_slots[...], self.replica_count[...] = tables
+
+    def _check(self, placement: Placement) -> None:
         config = self.config
         given = (placement.num_layers, placement.num_experts)
         given += (placement.num_slots, placement.num_ranks)
@@ -143,21 +163,19 @@ class MoE(nnx.Module):
                 f"the placement has (layers, experts, slots, ranks) {given}; this layer needs "
                 f"{expected}"
             )
-        return placement
+        Placement.from_slots(
+            placement.slot_to_expert,
+            num_experts=config.num_experts,
+            num_ranks=config.num_ranks,
+            layer_ids=placement.layer_ids,
+        )
 
-    def _set_tables(self, placement: Placement) -> None:
-        tables = placement.tables()
-        new = {
-            "slot_to_expert": placement.slot_to_expert[0],
-            "expert_to_slots": tables.expert_to_slots[0],
-            "replica_count": tables.replica_count[0],
-        }
-        for name, table in new.items():
-            on_mesh = jax.device_put(table, NamedSharding(self.mesh, P()))
-            if hasattr(self, name):
-                getattr(self, name)[...] = on_mesh
-            else:
-                setattr(self, name, SlotTable(on_mesh))
+    def _tables_of(self, placement: Placement) -> tuple[Array, Array, Array]:
+        """`slot_to_expert`, `expert_to_slots` and `replica_count`, on every device."""
+        derived = placement.tables()
+        tables = (placement.slot_to_expert, derived.expert_to_slots, derived.replica_count)
+        first, second, third = (table[0] for table in tables)
+        return jax.device_put((first, second, third), NamedSharding(self.mesh, P()))
 
     def _params(self) -> MoEParams:
         shared = None
@@ -166,29 +184,27 @@ class MoE(nnx.Module):
         experts = ExpertWeights(self.gate_up[...], self.down[...])
         return MoEParams(self.router[...], experts, shared)
 
-    def _param_specs(self) -> MoEParams:
-        bank = P(self.axis_name)
-        shared = None if self.shared_gate_up is None else SharedWeights(P(), P())
-        return MoEParams(P(), ExpertWeights(bank, bank), shared)
 
+# Jitted, so that a call outside of `jit` is one program too.
+@functools.partial(jax.jit, static_argnames=("config", "mesh", "axis_name"))
+def _forward(params, tables, tokens, mask, *, config: MoEConfig, mesh: Mesh, axis_name: str):
+    """The tokens, and the counts of this call by expert and by rank, equal on every device."""
+    axis: Any = P(axis_name)
+    everywhere: Any = P()
 
-def _forward(params, tables, tokens, mask, *, config: MoEConfig, axis_name: str):
-    output = moe_forward(params, tables, tokens, mask, config=config, axis_name=axis_name)
-    return output.tokens, output.expert_tokens[None], output.rank_tokens[None]
+    def local(params, tables, tokens, mask):
+        output = moe_forward(params, tables, tokens, mask, config=config, axis_name=axis_name)
+        return output.tokens, output.expert_tokens[None], output.rank_tokens[None]
 
-
-def expert_mesh(num_ranks: int | None = None, axis_name: str = "expert") -> Mesh:
-    """A mesh of one axis over the first `num_ranks` devices (default: all)."""
-    devices = jax.devices()
-    num_ranks = len(devices) if num_ranks is None else num_ranks
-    if not 1 <= num_ranks <= len(devices):
-        raise ValueError(
-            f"{num_ranks} ranks need as many devices, and there are {len(devices)}; on CPU set "
-            f"XLA_FLAGS=--xla_force_host_platform_device_count={max(num_ranks, 1)}"
-        )
-    return jax.make_mesh(
-        (num_ranks,),
-        (axis_name,),
-        axis_types=(jax.sharding.AxisType.Auto,),
-        devices=devices[:num_ranks],
+    forward = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(MoEParams(everywhere, axis, everywhere), everywhere, axis, axis),
+        out_specs=axis,
     )
+    out, expert_tokens, rank_tokens = forward(params, tables, tokens, mask)
+    # Counts that came back spread over the ranks would compile the next call anew.
+    counts = jax.lax.with_sharding_constraint(
+        (expert_tokens.sum(axis=0), rank_tokens), NamedSharding(mesh, everywhere)
+    )
+    return out, *counts

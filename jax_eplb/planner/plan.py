@@ -67,6 +67,8 @@ def plan(
     >>> result.placement.slot_to_expert.tolist(), result.imbalance.tolist()
     ([[0, 1, 2, 0, 1, 3]], [0.0])
     """
+    if not isinstance(load, jax.Array):
+        load = np.asarray(load)
     if load.ndim not in (2, 3) or 0 in load.shape:
         raise ValueError(
             f"load has shape {load.shape}; expected [layers, experts] or "
@@ -155,7 +157,8 @@ def _total(load) -> Float[Array, "L E"]:
 
 def _checked(load: np.ndarray, layer_ids: tuple[int, ...]) -> np.ndarray:
     """Windows added up in float64, every value checked; float64[L, E]."""
-    if not (np.issubdtype(load.dtype, np.number) or load.dtype == jnp.bfloat16):
+    # jnp's, which knows bfloat16.
+    if not (jnp.issubdtype(load.dtype, jnp.integer) or jnp.issubdtype(load.dtype, jnp.floating)):
         raise ValueError(f"load is {load.dtype}; expected counts of tokens")
     values = load.astype(np.float64)
     wrong = ~((values >= 0) & (values <= _MAX_LOAD))

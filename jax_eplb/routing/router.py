@@ -6,7 +6,6 @@ Axes: T tokens, K choices per token, E experts.
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
@@ -24,7 +23,7 @@ def softmax_top_k(
 
     With `renormalize` the K weights sum to 1. Ties go to the lowest expert.
 
-    >>> routes = softmax_top_k(jnp.log(jnp.array([[1.0, 6.0, 3.0]])), 2)
+    >>> routes = softmax_top_k(jax.numpy.log(jax.numpy.array([[1.0, 6.0, 3.0]])), 2)
     >>> routes.experts.tolist(), routes.weights.round(3).tolist()
     ([[1, 2]], [[0.6669999957084656, 0.3330000042915344]])
     """

@@ -1,0 +1,91 @@
+"""What several commands read: recordings as the options describe them, and ranges."""
+
+import argparse
+from pathlib import Path
+
+from jax_eplb.formats import load_placement, load_recording
+from jax_eplb.formats.arrays import Options
+from jax_eplb.load import Recording
+
+
+def read_recording(arguments: argparse.Namespace) -> Recording:
+    """The recording that the options name, cut to their iterations."""
+    options = Options()
+    for name in ("unit", "num_experts", "experts_per_token"):
+        value = getattr(arguments, name)
+        if value is not None:
+            options[name] = value
+    if arguments.active_load_balancer is not None:
+        if arguments.recorded_ep_size is None:
+            raise ValueError("--active-load-balancer needs --recorded-ep-size, its number of ranks")
+        options["active_placement"] = load_placement(
+            arguments.active_load_balancer,
+            num_ranks=arguments.recorded_ep_size,
+            num_experts=arguments.num_experts,
+        )
+    recording = load_recording(Path(arguments.recording), **options)
+    recording = recording.between(arguments.iter_start, arguments.iter_stop)
+    if arguments.min_tokens:
+        recording = recording.with_at_least(arguments.min_tokens)
+    return recording
+
+
+def add_recording_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `read_recording` reads."""
+    parser.add_argument(
+        "recording",
+        metavar="RECORDING",
+        help="a directory of TensorRT-LLM's statistics, or a .npz, .safetensors, .npy or .pt file",
+    )
+    parser.add_argument("--iter-start", type=whole, metavar="N", help="first iteration to use")
+    parser.add_argument("--iter-stop", type=whole, metavar="N", help="first iteration not to use")
+    parser.add_argument(
+        "--min-tokens", type=whole, default=0, metavar="N", help="leave out smaller iterations"
+    )
+    parser.add_argument(
+        "--unit",
+        choices=("experts", "slots"),
+        help="what the counts count, where the file does not say",
+    )
+    parser.add_argument(
+        "--num-experts", type=positive, metavar="E", help="where the file does not say"
+    )
+    parser.add_argument(
+        "--experts-per-token", type=positive, metavar="K", help="where the file does not say"
+    )
+    parser.add_argument(
+        "--active-load-balancer",
+        metavar="FILE",
+        help="the load balancer file in force while slots were counted",
+    )
+    parser.add_argument(
+        "--recorded-ep-size", type=positive, metavar="P", help="ranks of --active-load-balancer"
+    )
+
+
+def whole(text: str) -> int:
+    """An integer of 0 or more, for argparse."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 0 or more")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """An integer of 1 or more, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 1 or more")
+    return int(text)
+
+
+def parse_range(text: str) -> tuple[int, int | None]:
+    """A half-open range of iterations: "100-200", or "100-" for all from 100.
+
+    >>> parse_range("100-200"), parse_range("5-")
+    ((100, 200), (5, None))
+    """
+    start, dash, stop = text.partition("-")
+    if not (dash and start.isdecimal() and (stop.isdecimal() or not stop)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a range such as 100-200")
+    if stop and int(stop) <= int(start):
+        raise argparse.ArgumentTypeError(f"{text!r} is empty; the end is not included")
+    return int(start), int(stop) if stop else None

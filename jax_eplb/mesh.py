@@ -1,0 +1,48 @@
+"""The mesh that experts are spread over, and simulated devices where there are too few."""
+
+import os
+
+import jax
+from jax.sharding import Mesh
+
+
+def simulate_devices(num_devices: int) -> None:
+    """Let the CPU count as so many devices, for a program that starts; accelerators stay first.
+
+    Does nothing where XLA_FLAGS, or JAX's own setting, ask for as many already, or where JAX has
+    been used before, which settles the number of devices: `expert_mesh` says if they are too few.
+    """
+    by_flag = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if by_flag or jax.config.values["jax_num_cpu_devices"] >= num_devices:
+        return
+    try:
+        jax.config.update("jax_num_cpu_devices", num_devices)
+    except RuntimeError:
+        return  # JAX has started
+
+
+def expert_mesh(num_ranks: int | None = None, axis_name: str = "expert") -> Mesh:
+    """A mesh of one axis over the first `num_ranks` devices (default: all).
+
+    Where there are too few accelerators but enough CPU devices, it is made of those. Raises
+    ValueError where there are too few of both.
+    """
+    devices = jax.devices()
+    num_ranks = len(devices) if num_ranks is None else num_ranks
+    if num_ranks < 1:
+        raise ValueError(f"a mesh of {num_ranks} ranks is none; use at least 1")
+    if len(devices) < num_ranks:
+        devices = jax.devices("cpu")
+    if len(devices) < num_ranks:
+        raise ValueError(
+            f"{num_ranks} ranks need as many devices; there are {len(jax.devices())} "
+            f"({jax.default_backend()}) and {len(devices)} on the CPU. To simulate them on the "
+            f"CPU, set XLA_FLAGS=--xla_force_host_platform_device_count={num_ranks} before JAX "
+            "is first used"
+        )
+    return jax.make_mesh(
+        (num_ranks,),
+        (axis_name,),
+        axis_types=(jax.sharding.AxisType.Auto,),
+        devices=devices[:num_ranks],
+    )

@@ -1,0 +1,252 @@
+"""The engine: a decoder on a mesh, its cache, and the loop that feeds it."""
+
+import collections
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from jax_eplb.load import Recorder
+from jax_eplb.models import Cache, parameters
+from jax_eplb.models.weights import SavedDecoder
+from jax_eplb.moe import LayerTables
+from jax_eplb.placement import Placement
+from jax_eplb.serving.request import Request
+from jax_eplb.serving.schedule import Schedule, StepPlan, Throughput
+from jax_eplb.serving.step import AXIS, Rows, State, Statics, run_step
+
+# Steps in flight: one computes while the next is being handed over.
+_AHEAD = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class ServingConfig:
+    """Sizes of the loop; batches are counted in sequences of one rank."""
+
+    max_batch_size: int = 8
+    max_prompts_per_step: int | None = None  # None: half of max_batch_size
+    max_length: int = 256  # positions of a sequence in the cache
+    max_tokens_per_wave: int | None = None
+    temperature: float = 0.0  # 0: the likeliest token
+
+    def __post_init__(self):
+        for name in ("max_batch_size", "max_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}; use a number of 0 or more")
+        if not 1 <= self.prompt_rows <= self.max_batch_size:
+            raise ValueError(
+                f"max_prompts_per_step is {self.max_prompts_per_step}; it must lie between 1 and "
+                f"max_batch_size, {self.max_batch_size}"
+            )
+
+    @property
+    def prompt_rows(self) -> int:
+        if self.max_prompts_per_step is None:
+            return -(-self.max_batch_size // 2)
+        return self.max_prompts_per_step
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """What each request got, in order, and how fast."""
+
+    outputs: list[np.ndarray]  # int32[output_length] each
+    throughput: Throughput
+
+
+class Engine:
+    """Serves requests with one model, one mesh and one placement at a time."""
+
+    def __init__(
+        self,
+        saved: SavedDecoder,
+        *,
+        mesh: Mesh,
+        placement: Placement,
+        serving: ServingConfig | None = None,
+        dtype=jnp.float32,
+    ):
+        config, serving = saved.config, serving or ServingConfig()
+        if AXIS not in mesh.shape:
+            raise ValueError(f"the mesh has the axes {mesh.axis_names}; one must be {AXIS!r}")
+        self.config, self.mesh, self.serving, self._dtype = config, mesh, serving, dtype
+        self._saved = saved
+        self._check_placement(placement)
+        self.moe = config.moe(
+            num_slots=placement.num_slots,
+            num_ranks=placement.num_ranks,
+            max_tokens_per_wave=serving.max_tokens_per_wave,
+        )
+        self.use_placement(placement)
+        temperature = np.float32(serving.temperature)
+        self._temperature = jax.device_put(temperature, NamedSharding(mesh, P()))
+        self._state = self._empty_state()
+        self._statics = Statics(config, self.moe, mesh)
+
+    def use_placement(self, placement: Placement) -> None:
+        """Put the experts where the placement says; same sizes, so nothing is compiled again.
+
+        The one in force serves until the new one is complete. Raises ValueError where it is for
+        another model or mesh, or has another number of slots.
+        """
+        self._check_placement(placement)
+        if placement.num_slots != self.moe.num_slots:
+            raise ValueError(
+                f"the placement has {placement.num_slots} slots, this engine "
+                f"{self.moe.num_slots}; plan for {self.moe.num_slots}, or make another engine"
+            )
+        table = np.asarray(placement.slot_to_expert)
+        params = parameters.on_mesh(
+            self._saved.params, table, self.config, self.mesh, AXIS, self._dtype
+        )
+        everywhere = NamedSharding(self.mesh, P())
+        tables = LayerTables(*jax.device_put(tuple(placement.tables()), everywhere))
+        self.placement, self._params, self._tables = placement, params, tables
+
+    def recorder(self, start: int = 0, stop: int | None = None) -> Recorder:
+        """A recorder for this model and placement."""
+        return Recorder(
+            num_experts=self.config.num_experts,
+            experts_per_token=self.config.experts_per_token,
+            layer_ids=self.config.moe_layer_ids,
+            start=start,
+            stop=stop,
+            placement=self.placement,
+        )
+
+    def warm_up(self, requests: Sequence[Request]) -> None:
+        """Compile every step that serving these requests will take, without serving any.
+
+        Each is run once with no sequence in it, which computes and counts nothing.
+        """
+        self._check(requests)
+        schedule, seen = self._schedule(requests), set()
+        while not schedule.done:
+            plan = schedule.next_step()
+            kind = (plan.prompts is None, plan.width)
+            if kind not in seen:
+                seen.add(kind)
+                empty = dataclasses.replace(plan, lengths=np.zeros_like(plan.lengths))
+                jax.block_until_ready(self._launch(empty))
+
+    def run(
+        self,
+        requests: Sequence[Request],
+        *,
+        recorder: Recorder | None = None,
+        on_progress: Callable[[int], None] = lambda finished: None,
+    ) -> RunResult:
+        """Serve all requests; `on_progress` hears how many are finished after each step.
+
+        The loop stays a step ahead of the device and reads tokens when they are done; a step
+        itself never waits for the host.
+        """
+        self._check(requests)
+        schedule = self._schedule(requests)
+        outputs = [np.zeros(request.output_length, np.int32) for request in requests]
+        flying: collections.deque[tuple[StepPlan, Array]] = collections.deque()
+        begun, iterations = time.perf_counter(), 0
+
+        def land():
+            plan, tokens = flying.popleft()
+            next_tokens = np.asarray(tokens).reshape(plan.owners.shape)
+            for place, owner, written in plan.rows():
+                outputs[owner][written - len(requests[owner].prompt)] = next_tokens[place]
+            schedule.finish(plan)
+            on_progress(len(schedule.latencies))
+
+        while not schedule.done:
+            plan = schedule.next_step()
+            tokens, expert_tokens, rank_tokens = self._launch(plan)
+            if recorder is not None:
+                recorder.record(expert_tokens, rank_tokens)
+            flying.append((plan, tokens))
+            iterations += 1
+            if len(flying) >= _AHEAD:
+                land()
+        while flying:
+            land()
+        seconds = time.perf_counter() - begun
+        return RunResult(outputs, Throughput.of(schedule, iterations, seconds))
+
+    def _check_placement(self, placement: Placement) -> None:
+        config, num_ranks = self.config, self.mesh.shape[AXIS]
+        if placement.layer_ids != config.moe_layer_ids:
+            raise ValueError(
+                f"the placement's layers are {placement.layer_ids}, the model's MoE layers "
+                f"{config.moe_layer_ids}; use a placement of this model"
+            )
+        if placement.num_experts != config.num_experts:
+            raise ValueError(
+                f"the placement is for {placement.num_experts} experts, the model has "
+                f"{config.num_experts}; use a placement of this model"
+            )
+        if placement.num_ranks != num_ranks:
+            raise ValueError(
+                f"the placement is for {placement.num_ranks} ranks, the mesh has {num_ranks} "
+                f"devices; plan for {num_ranks} ranks"
+            )
+
+    def _schedule(self, requests: Sequence[Request]) -> Schedule:
+        return Schedule(
+            requests,
+            num_ranks=self.moe.num_ranks,
+            seats_per_rank=self.serving.max_batch_size,
+            prompt_rows=self.serving.prompt_rows,
+        )
+
+    def _check(self, requests: Sequence[Request]) -> None:
+        if not requests:
+            raise ValueError("there is no request to serve")
+        limit = min(self.serving.max_length, self.config.max_length)
+        for index, request in enumerate(requests):
+            length = len(request.prompt) + request.output_length
+            if length > limit:
+                raise ValueError(
+                    f"request {index}: {len(request.prompt)} prompt and {request.output_length} "
+                    f"output tokens exceed max_length {limit}"
+                )
+            ids = request.prompt
+            unknown = (ids < 0) | (ids >= self.config.vocab_size)
+            if unknown.any():
+                raise ValueError(
+                    f"request {index}: unknown token {ids[unknown.argmax()]}; this model's are "
+                    f"0 to {self.config.vocab_size - 1}"
+                )
+
+    def _launch(self, plan: StepPlan):
+        spread = NamedSharding(self.mesh, P(AXIS))
+
+        def put(x):
+            return jax.device_put(x.reshape(-1, *x.shape[2:]), spread)
+
+        rows = Rows(*(put(x) for x in (plan.positions, plan.lengths, plan.seats, plan.seeds)))
+        prompts = None if plan.prompts is None else put(plan.prompts)
+        self._state, *seen = run_step(
+            self._statics,
+            self._params,
+            self._tables,
+            self._state,
+            prompts,
+            rows,
+            self._temperature,
+        )
+        return seen
+
+    def _empty_state(self) -> State:
+        config, serving = self.config, self.serving
+        seats = serving.max_batch_size * self.moe.num_ranks
+        shape = (config.num_layers, seats, serving.max_length, config.num_heads, config.head_dim)
+        by_seat = NamedSharding(self.mesh, P(None, AXIS))
+        make = jax.jit(lambda: jnp.zeros(shape, self._dtype), out_shardings=by_seat)
+        last = jax.device_put(np.zeros(seats, np.int32), NamedSharding(self.mesh, P(AXIS)))
+        return State(Cache(make(), make()), last)

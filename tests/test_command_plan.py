@@ -1,0 +1,153 @@
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from jax_eplb import Placement, save_placement, save_recording
+from tests.command_line import (
+    LAYERS,
+    fail,
+    skewed_counts,
+    skewed_recording,
+    succeed,
+    write_statistics,
+)
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    save_recording(skewed_recording(), tmp_path / "recording.npz")
+    return tmp_path / "recording.npz"
+
+
+def validated(path, num_experts, num_ranks, layers=LAYERS):
+    """What TensorRT-LLM asks of its file, checked without this package; [L, S]."""
+    config = yaml.safe_load(path.read_text())
+    assert set(config) == {"num_slots", "initial_global_assignments", "layer_updates_per_iter"}
+    slots, rows = config["num_slots"], config["initial_global_assignments"]
+    assert slots >= num_experts
+    assert slots % num_ranks == 0
+    assert list(rows) == list(layers)
+    for row in rows.values():
+        assert len(row) == slots
+        assert set(row) == set(range(num_experts))
+    return np.array(list(rows.values())), config["layer_updates_per_iter"]
+
+
+def imbalance(table, counts, num_ranks):
+    """[L], of the sum over all iterations, each expert's tokens dealt evenly over its slots."""
+    ratios = []
+    for row, load in zip(table.tolist(), counts.sum(axis=0), strict=True):
+        tokens = np.zeros(num_ranks)
+        for slot, expert in enumerate(row):
+            tokens[slot * num_ranks // len(row)] += load[expert] / row.count(expert)
+        ratios.append(tokens.max() / tokens.mean() - 1)
+    return ratios
+
+
+def test_the_file_is_valid_and_the_figures_are_a_numpy_recount(capsys, tmp_path, recorded):
+    path = tmp_path / "plan.yaml"
+    arguments = ["--ep-size", 4, "--num-slots", 16, "-o", path, "--json", "--verbose"]
+    figures = json.loads(succeed(capsys, "plan", recorded, *arguments))
+    table, updates = validated(path, 12, 4)
+    assert updates == 0
+    expected = imbalance(table, skewed_counts(), 4)
+    by_layer = [figures["layers"][str(layer)]["imbalance"] for layer in LAYERS]
+    np.testing.assert_allclose(by_layer, expected, atol=1e-6)
+    assert figures["imbalance"] == pytest.approx(np.mean(expected), abs=1e-6)
+    bounds = [row["lower_bound"] for row in figures["layers"].values()]
+    assert all(low <= got + 1e-6 for low, got in zip(bounds, by_layer, strict=True))
+    assert figures["output"] == str(path)
+
+
+def test_a_plan_beats_the_default_layout(capsys, tmp_path, recorded):
+    path = tmp_path / "plan.yaml"
+    succeed(capsys, "plan", recorded, "--ep-size", 4, "--num-slots", 16, "-o", path)
+    default = np.tile(np.arange(12), (3, 1))
+    planned = imbalance(validated(path, 12, 4)[0], skewed_counts(), 4)
+    assert np.mean(planned) < np.mean(imbalance(default, skewed_counts(), 4)) / 4
+
+
+def test_slots_default_to_the_experts_and_updates_are_written(capsys, tmp_path, recorded):
+    path = tmp_path / "plan.yaml"
+    arguments = ["--ep-size", 6, "-o", path, "--layer-updates-per-iter", 2]
+    out = succeed(capsys, "plan", recorded, *arguments)
+    table, updates = validated(path, 12, 6)
+    assert (table.shape, updates) == ((3, 12), 2)
+    assert "12 experts in 12 slots on 6 ranks, 3 layers, from 4 iterations" in out
+    assert out.endswith(f"{path}\n")
+
+
+def test_verbose_has_a_line_for_each_layer(capsys, tmp_path, recorded):
+    arguments = ["--ep-size", 4, "-o", tmp_path / "plan.yaml"]
+    assert len(succeed(capsys, "plan", recorded, *arguments).splitlines()) == 2
+    lines = succeed(capsys, "plan", recorded, *arguments, "--verbose").splitlines()
+    assert [line.split(":")[0] for line in lines[:3]] == [f"layer {layer}" for layer in LAYERS]
+
+
+def test_a_plan_of_some_iterations_is_made_from_those(capsys, tmp_path, recorded):
+    sizes = ["--ep-size", 4, "--num-slots", 16]
+    limits = ["--iter-start", 11, "--iter-stop", 13]
+    succeed(capsys, "plan", recorded, *sizes, *limits, "-o", tmp_path / "part.yaml")
+    part = skewed_recording().between(11, 13)
+    save_recording(part, tmp_path / "part.npz")
+    succeed(capsys, "plan", tmp_path / "part.npz", *sizes, "-o", tmp_path / "whole.yaml")
+    assert (tmp_path / "part.yaml").read_text() == (tmp_path / "whole.yaml").read_text()
+
+
+def test_a_directory_goes_through_plan_and_report(capsys, tmp_path):
+    directory, path = (
+        write_statistics(tmp_path / "statistics", skewed_counts()),
+        tmp_path / "plan.yaml",
+    )
+    sizes = ["--ep-size", 4]
+    succeed(capsys, "plan", directory, *sizes, "--num-slots", 16, "-o", path)
+    before = json.loads(succeed(capsys, "report", directory, *sizes, "--json"))
+    after = json.loads(
+        succeed(capsys, "report", directory, *sizes, "--load-balancer", path, "--json")
+    )
+    assert after["average"]["imbalance"] < before["average"]["imbalance"] / 2
+
+
+def test_counts_by_slot_are_not_planned_from_without_the_active_balancer(capsys, tmp_path):
+    counts, path = skewed_counts(16), tmp_path / "plan.yaml"
+    directory = write_statistics(tmp_path / "statistics", counts)
+    sizes = ["--num-experts", 12, "--ep-size", 4, "-o", path]
+    error = fail(capsys, "plan", directory, *sizes)
+    assert "counts are by slot (16 slots, 12 experts)" in error
+    assert "--active-load-balancer FILE" in error
+    assert not path.exists()
+    active = Placement.default(num_experts=12, num_slots=16, num_ranks=4, layer_ids=LAYERS)
+    save_placement(active, tmp_path / "active.yaml")
+    given = ["--active-load-balancer", tmp_path / "active.yaml", "--recorded-ep-size", 4]
+    figures = json.loads(succeed(capsys, "plan", directory, *sizes, *given, "--json"))
+    by_expert = np.zeros((4, 3, 12), int)
+    for slot, expert in enumerate(np.asarray(active.slot_to_expert)[0]):
+        by_expert[:, :, expert] += counts[:, :, slot]
+    expected = np.mean(imbalance(validated(path, 12, 4)[0], by_expert, 4))
+    assert figures["imbalance"] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ep-size", 5], "12 slots cannot be divided among 5 ranks; use a multiple of 5"),
+        (["--ep-size", 4, "--num-slots", 8], "8 slots cannot hold 12 experts; use at least 12"),
+        (["--ep-size", 4, "--num-slots", 18], "18 slots cannot be divided among 4 ranks"),
+        (["--ep-size", 4, "--iter-stop", 10], "no iteration is left"),
+    ],
+)  # fmt: skip
+def test_sizes_that_do_not_fit_are_refused_and_write_nothing(
+    capsys, tmp_path, recorded, arguments, message
+):
+    path = tmp_path / "plan.yaml"
+    assert message in fail(capsys, "plan", recorded, *arguments, "-o", path)
+    assert not path.exists()
+
+
+def test_a_folder_that_is_not_there_is_made(capsys, tmp_path, recorded):
+    path = tmp_path / "new" / "plan.yaml"
+    succeed(capsys, "plan", recorded, "--ep-size", 4, "-o", path)
+    validated(path, 12, 4)
+    assert str(path) in fail(capsys, "plan", recorded, "--ep-size", 4, "-o", path / "under.yaml")

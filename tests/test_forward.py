@@ -1,0 +1,128 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jax_eplb import MoEConfig, Placement, expert_mesh
+from jax_eplb.moe import LayerTables, MoEParams, moe_forward
+from jax_eplb.moe.feed_forward import ExpertWeights
+from tests.moe_reference import moe_by_numpy, moe_dense
+
+E, K, D, F, T = 6, 2, 5, 4, 16
+
+
+def drawn(seed=0):
+    """Tokens [T, D], and router, gate_up and down in expert order."""
+    generator = np.random.default_rng(seed)
+    shapes = ((T, D), (D, E), (E, D, 2 * F), (E, F, D))
+    return [generator.normal(size=shape).astype(np.float32) for shape in shapes]
+
+
+def config_of(ranks, **keywords):
+    sizes = {"embed_dim": D, "hidden_dim": F, "num_experts": E, "experts_per_token": K}
+    return MoEConfig(**sizes | {"num_slots": 12, "num_ranks": ranks} | keywords)
+
+
+@functools.cache
+def forward(config):
+    placement = Placement.default(
+        num_experts=E, num_slots=config.num_slots, num_ranks=config.num_ranks
+    )
+    tables = LayerTables(*(table[0] for table in placement.tables()))
+
+    def local(params, tokens, mask):
+        out = moe_forward(params, tables, tokens, mask, config=config, axis_name="expert")
+        return out._replace(
+            expert_tokens=out.expert_tokens[None], rank_tokens=out.rank_tokens[None]
+        )
+
+    axis = P("expert")
+    specs = MoEParams(P(), ExpertWeights(axis, axis))
+    run = jax.shard_map(
+        local, mesh=expert_mesh(config.num_ranks), in_specs=(specs, axis, axis), out_specs=axis
+    )
+
+    def from_expert_order(tokens, router, gate_up, down, mask):
+        slots = placement.slot_to_expert[0]
+        params = MoEParams(router, ExpertWeights(gate_up[slots], down[slots]))
+        return run(params, tokens, mask)
+
+    return jax.jit(from_expert_order)
+
+
+def test_what_it_saw_is_told_by_rank_and_by_expert():
+    tokens, router, gate_up, down = drawn()
+    mask = np.arange(T) % 4 != 0
+    out = forward(config_of(4))(tokens, router, gate_up, down, mask)
+    logits = tokens.astype(np.float64) @ router
+    chosen = np.argsort(-logits, axis=1)[:, :K]
+    np.testing.assert_allclose(out.router_logits, logits, rtol=1e-4, atol=1e-5)
+    for rank in range(4):
+        own = chosen[4 * rank : 4 * rank + 4][1:]
+        np.testing.assert_array_equal(
+            out.expert_tokens[rank], np.bincount(own.ravel(), minlength=E)
+        )
+    assert out.rank_tokens.sum() == mask.sum() * K
+
+
+@pytest.mark.parametrize("kernel", [None, "reference", "gathered", "ragged_dot"])
+def test_every_kernel_gives_numpys_layer(kernel):
+    tokens, router, gate_up, down = drawn(1)
+    out = forward(config_of(4, kernel=kernel))(tokens, router, gate_up, down, np.ones(T, bool))
+    expected = moe_by_numpy(tokens, router, gate_up, down, K)
+    np.testing.assert_allclose(out.tokens, expected, rtol=1e-4, atol=1e-5)
+
+
+def loss_gradients(function, arrays, mask):
+    weights = jnp.asarray(np.random.default_rng(9).normal(size=(T, D)), jnp.float32)
+    return jax.grad(lambda *x: (function(*x, mask) * weights).sum(), argnums=(0, 1, 2, 3))(*arrays)
+
+
+def test_the_gradients_over_many_waves_are_those_of_the_dense_layer():
+    arrays, mask = [jnp.asarray(x) for x in drawn(2)], jnp.arange(T) != 3
+    sharded = forward(config_of(4, max_tokens_per_wave=4))
+    found = loss_gradients(lambda *x: sharded(*x).tokens, arrays, mask)
+    expected = loss_gradients(lambda *x: moe_dense(*x[:-1], K, mask=x[-1]), arrays, mask)
+    for got, want in zip(found, expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4)
+
+
+def test_the_gradients_are_the_finite_differences():
+    arrays = [x.astype(np.float64) for x in drawn(3)]
+    mask, weights = jnp.ones(T, bool), np.random.default_rng(9).normal(size=(T, D))
+    run = forward(config_of(4))
+    found = loss_gradients(
+        lambda *x: run(*x).tokens, [jnp.asarray(x, jnp.float32) for x in arrays], mask
+    )
+    generator = np.random.default_rng(4)
+    for which, gradient in enumerate(found):
+        direction = generator.normal(size=gradient.shape)
+        sides = []
+        for step in (1e-6, -1e-6):
+            moved = list(arrays)
+            moved[which] = moved[which] + step * direction
+            sides.append((moe_by_numpy(*moved, K) * weights).sum())
+        slope = (sides[0] - sides[1]) / 2e-6
+        assert (np.asarray(gradient) * direction).sum() == pytest.approx(slope, rel=1e-3, abs=1e-2)
+
+
+def test_the_output_has_the_activations_dtype_and_the_router_stays_float32():
+    tokens, router, gate_up, down = drawn(5)
+    narrow = [jnp.asarray(x, jnp.bfloat16) for x in (tokens, gate_up, down)]
+    out = forward(config_of(4))(narrow[0], jnp.asarray(router), *narrow[1:], jnp.ones(T, bool))
+    assert (out.tokens.dtype, out.router_logits.dtype) == (jnp.bfloat16, jnp.float32)
+    expected = moe_by_numpy(narrow[0], router, *narrow[1:], K)
+    np.testing.assert_allclose(out.tokens.astype(jnp.float32), expected, rtol=0.05, atol=0.2)
+
+
+def test_no_tokens_give_no_output_and_gradients_of_zero():
+    tokens, *weights = (jnp.asarray(x) for x in drawn(6))
+    run, mask = forward(config_of(4)), jnp.ones(0, bool)
+    out = run(tokens[:0], *weights, mask)
+    assert out.tokens.shape == (0, D)
+    assert not np.asarray(out.expert_tokens).any()
+    grad = jax.grad(lambda w: run(tokens[:0], weights[0], w, weights[2], mask).tokens.sum())
+    assert not np.asarray(grad(weights[1])).any()

@@ -1,0 +1,137 @@
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jax_eplb.kernels import IMPLEMENTATIONS, grouped_matmul
+from tests.placement_cases import seeds
+
+EVERY = [None, *IMPLEMENTATIONS]
+G, M, D, F = 8, 400, 5, 3
+BIT_STABLE = [None, "blocked", "gathered"]
+
+
+def drawn(seed, *shapes):
+    generator = np.random.default_rng(seed)
+    return [generator.normal(size=shape).astype(np.float32) for shape in shapes]
+
+
+@functools.cache
+def product_and_gradients(implementation):
+    """Jitted: the product, and the gradients of its inner product with `cotangent`."""
+
+    @jax.jit
+    def run(rows, weights, sizes, cotangent):
+        def product(rows, weights):
+            return grouped_matmul(rows, weights, sizes, implementation=implementation)
+
+        out, transpose = jax.vjp(product, rows, weights)
+        return out, *transpose(cotangent)
+
+    return run
+
+
+def by_numpy(rows, weights, sizes, cotangent):
+    rows, weights, cotangent = (x.astype(np.float64) for x in (rows, weights, cotangent))
+    out, grad_rows = np.zeros(cotangent.shape), np.zeros(rows.shape)
+    grad_weights = np.zeros(weights.shape)
+    ends = np.cumsum(sizes)
+    for group, (end, size) in enumerate(zip(ends, sizes, strict=True)):
+        own = slice(end - size, end)
+        out[own] = rows[own] @ weights[group]
+        grad_rows[own] = cotangent[own] @ weights[group].T
+        grad_weights[group] = rows[own].T @ cotangent[own]
+    return out, grad_rows, grad_weights
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+def test_every_pattern_of_empty_groups_gives_numpys_product_and_gradients(implementation):
+    used = np.array(list(itertools.product([0, 1], repeat=G)))  # [256, G]
+    # Shorter and longer than a block of 32 rows, and as long as one.
+    sizes = (used * np.array([1, 50, 32, 7, 64, 2, 33, 31])).astype(np.int32)
+    rows, weights, cotangent = drawn(0, (M, D), (G, D, F), (M, F))
+    run = product_and_gradients(implementation)
+    for pattern in sizes:
+        found = run(rows, weights, pattern, cotangent)
+        for got, expected in zip(found, by_numpy(rows, weights, pattern, cotangent), strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+def test_padding_rows_are_zero_and_have_no_gradient_whatever_they_hold(implementation):
+    rows, weights, cotangent = drawn(1, (M, D), (G, D, F), (M, F))
+    sizes = np.full(G, 9, np.int32)
+    padding = np.arange(M) >= sizes.sum()
+    run = product_and_gradients(implementation)
+    out, grad_rows, grad_weights = run(rows, weights, sizes, cotangent)
+    assert not np.asarray(out)[padding].any()
+    assert not np.asarray(grad_rows)[padding].any()
+    rows[padding], cotangent[padding] = 1e6, -1e6
+    again = run(rows, weights, sizes, cotangent)
+    np.testing.assert_array_equal(again[2], grad_weights)
+    np.testing.assert_array_equal(again[0], out)
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+def test_no_rows_at_all_give_no_results_and_a_gradient_of_zero(implementation):
+    rows, weights, cotangent = drawn(2, (0, D), (G, D, F), (0, F))
+    sizes = np.zeros(G, np.int32)
+    out, grad_rows, grad_weights = product_and_gradients(implementation)(
+        rows, weights, sizes, cotangent
+    )
+    assert out.shape == (0, F)
+    assert grad_rows.shape == (0, D)
+    assert not np.asarray(grad_weights).any()
+
+
+@pytest.mark.parametrize("implementation", BIT_STABLE)
+@given(seed=seeds, position=st.integers(0, 200))
+def test_no_bit_of_a_row_depends_on_its_neighbours(implementation, seed, position):
+    row, weights, others, cotangent = drawn(seed, (D,), (G, D, F), (M, D), (M, F))
+    run = product_and_gradients(implementation)
+    group = seed % G
+    alone = np.zeros((M, D), np.float32)
+    alone[0] = row
+    cotangent[0] = cotangent[position]
+    sizes = np.zeros(G, np.int32)
+    sizes[group] = 1
+    expected = run(alone, weights, sizes, cotangent)
+    # Now the row stands at `position`, in a group that begins where chance will have it.
+    others[position] = row
+    sizes = np.ones(G, np.int32)
+    before = np.random.default_rng(seed).integers(0, position + 1) if group else 0
+    sizes[0], sizes[group] = max(before - group + 1, 0), 0
+    sizes[group] = position + 1 - sizes[:group].sum()
+    if sizes[group] < 1:
+        sizes[:group], sizes[group] = 0, position + 1
+    found = run(others, weights, sizes, cotangent)
+    np.testing.assert_array_equal(found[0][position], expected[0][0])
+    np.testing.assert_array_equal(found[1][position], expected[1][0])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_stays_bfloat16(implementation):
+    rows, weights, cotangent = (
+        jnp.asarray(x, jnp.bfloat16) for x in drawn(3, (M, D), (G, D, F), (M, F))
+    )
+    sizes = np.full(G, 40, np.int32)
+    found = product_and_gradients(implementation)(rows, weights, sizes, cotangent)
+    assert {x.dtype for x in found} == {jnp.dtype(jnp.bfloat16)}
+    wide = [np.asarray(x, np.float32) for x in (rows, weights, cotangent)]
+    expected = by_numpy(wide[0], wide[1], sizes, wide[2])
+    np.testing.assert_allclose(found[0].astype(np.float32), expected[0], rtol=0.02, atol=0.05)
+    np.testing.assert_allclose(found[1].astype(np.float32), expected[1], rtol=0.02, atol=0.05)
+
+
+def test_an_unknown_implementation_is_refused_with_those_there_are():
+    with pytest.raises(
+        ValueError, match="'fast'; use one of blocked, gathered, ragged_dot, reference"
+    ):
+        grouped_matmul(
+            jnp.ones((1, 1)), jnp.ones((1, 1, 1)), jnp.ones(1, int), implementation="fast"
+        )

@@ -1,0 +1,145 @@
+"""`jax-eplb run` on the tiny model: what it records, writes and prints is what the engine does."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from jax_eplb import Placement, load_recording, save_placement
+from jax_eplb.models.weights import save_decoder
+from tests.command_line import fail, succeed
+from tests.tiny_model import CONFIG, tiny_decoder
+
+# Prompts and output lengths of the file's lines; one is of ids.
+REQUESTS = [
+    {"prompt": "To be", "output_length": 4},
+    {"prompt": "for i in range", "output_length": 1},
+    {"token_ids": [1, 2, 3], "output_length": 6},
+    {"prompt": "2 + 2", "output_length": 3},
+    {"prompt": "A", "output_length": 5},
+]
+READ = sum(len(r.get("prompt", "abc")) + r["output_length"] - 1 for r in REQUESTS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model's weights and its YAML, requests, and a load balancer of 4 ranks and 32 slots."""
+    folder = tmp_path_factory.mktemp("tiny")
+    save_decoder(tiny_decoder(), folder / "weights.safetensors")
+    values = {"weights": "weights.safetensors", "model": dataclasses.asdict(CONFIG)}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(values))
+    (folder / "requests.jsonl").write_text("\n".join(map(json.dumps, REQUESTS)) + "\n")
+    placement = Placement.default(num_experts=16, num_slots=32, num_ranks=4, layer_ids=(1, 2))
+    save_placement(placement, folder / "plan.yaml")
+    return folder
+
+
+def arguments(folder, ep_size=4):
+    files = ["--model", folder / "tiny.yaml", "--dataset", folder / "requests.jsonl"]
+    return ["run", *files, "--ep-size", ep_size, "--max-batch-size", 2]
+
+
+def written(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_line_gets_its_tokens_and_a_balanced_run_writes_the_same(capsys, folder, tmp_path):
+    outputs = {}
+    for name, options in {"initial": [], "plan": ["--load-balancer", folder / "plan.yaml"]}.items():
+        path = tmp_path / "new" / f"{name}.jsonl"
+        succeed(capsys, *arguments(folder), *options, "--output", path)
+        outputs[name] = written(path)
+    assert outputs["initial"] == outputs["plan"]
+    assert [row["line"] for row in outputs["plan"]] == [1, 2, 3, 4, 5]
+    for row, request in zip(outputs["plan"], REQUESTS, strict=True):
+        assert len(row["token_ids"]) == request["output_length"]
+        assert row["text"] == bytes(row["token_ids"]).decode(errors="replace")
+
+
+def test_json_is_one_object_of_throughput_and_report(capsys, folder):
+    figures = json.loads(succeed(capsys, *arguments(folder), "--json"))
+    assert set(figures) == {"throughput", "report"}
+    assert figures["throughput"]["requests"] == len(REQUESTS)
+    assert figures["throughput"]["output_tokens"] == 19
+    assert figures["report"]["layers"].keys() == {"1", "2"}
+    assert (figures["report"]["basis"], figures["report"]["ranks"]) == ("measured", 4)
+    assert figures["report"]["tokens"] == READ
+
+
+def test_text_has_the_table_and_the_throughput(capsys, folder):
+    lines = succeed(capsys, *arguments(folder)).splitlines()
+    assert lines[0].split() == ["layer", "mean", "std", "imbalance"]
+    assert lines[3].startswith("average")
+    assert lines[-1].startswith("5 requests, 19 output tokens in ")
+
+
+def test_all_is_recorded_and_read_again(capsys, folder, tmp_path):
+    options = ["--load-balancer", folder / "plan.yaml", "--record", tmp_path / "run.npz"]
+    succeed(capsys, *arguments(folder), *options)
+    kept = load_recording(tmp_path / "run.npz")
+    assert kept.rank_tokens is not None
+    assert kept.placement is not None
+    np.testing.assert_array_equal(kept.counts.sum(axis=(0, 2)), [READ * 3, READ * 3])
+    np.testing.assert_array_equal(kept.counts.sum(axis=2), kept.rank_tokens.sum(axis=2))
+    assert (kept.placement.num_slots, kept.layer_ids, kept.experts_per_token) == (32, (1, 2), 3)
+
+
+def test_a_range_goes_to_a_directory_that_plan_and_report_read(capsys, folder, tmp_path):
+    directory = tmp_path / "statistics"
+    options = ["--record", directory, "--record-iters", "1-3"]
+    figures = json.loads(succeed(capsys, *arguments(folder), *options, "--json"))
+    assert figures["report"]["iterations"] == 2
+    assert load_recording(directory).iterations == (1, 2)
+    plan = tmp_path / "plan.yaml"
+    succeed(capsys, "plan", directory, "--ep-size", 4, "--num-slots", 32, "-o", plan)
+    report = succeed(capsys, "report", directory, "--ep-size", 4, "--load-balancer", plan, "--json")
+    assert json.loads(report)["basis"] == "predicted"
+    succeed(capsys, *arguments(folder), "--load-balancer", plan)
+
+
+def test_warming_up_is_neither_recorded_nor_measured(capsys, folder):
+    plain = json.loads(succeed(capsys, *arguments(folder), "--json"))
+    warmed = json.loads(succeed(capsys, *arguments(folder), "--warmup", 7, "--json"))
+    assert warmed["report"] == plain["report"]
+    assert warmed["throughput"]["iterations"] == plain["throughput"]["iterations"]
+
+
+def test_the_temperature_samples_and_small_waves_do_not(capsys, folder, tmp_path):
+    texts = []
+    for number, options in enumerate(
+        ([], ["--temperature", 2], ["--temperature", 2], ["--moe-max-num-tokens", 4])
+    ):
+        path = tmp_path / f"{number}.jsonl"
+        succeed(capsys, *arguments(folder), *options, "--output", path)
+        texts.append(path.read_text())
+    assert texts[1] == texts[2] != texts[0]
+    assert texts[3] == texts[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ep-size", 9], "9 ranks need as many devices; there are 8"),
+        (["--ep-size", 8, "--load-balancer", "plan.yaml", "--temperature", -1], "temperature is"),
+        (["--load-balancer", "none.yaml"], "none.yaml: no such file"),
+        (["--ep-size", 3, "--load-balancer", "plan.yaml"], "32 slots cannot be divided among 3"),
+        (["--dataset", "none.jsonl"], "none.jsonl: cannot be read"),
+        (["--dataset", "tiny.yaml"], "tiny.yaml, line 1: not JSON"),
+        (["--model", "requests.jsonl"], "requests.jsonl: "),
+        (["--model", "none.yaml"], "none.yaml: cannot be read"),
+        (["--moe-max-num-tokens", 3], "max_tokens_per_wave is 3"),
+        (["--record-iters", "90-100"], "those from 90 to 100 were to be kept"),
+    ],
+)
+def test_what_cannot_run_is_refused_in_a_line(capsys, monkeypatch, folder, options, message):
+    monkeypatch.chdir(folder)
+    assert message in fail(capsys, *arguments(folder), *options)
+
+
+def test_the_outputs_are_kept_where_nothing_was_in_the_range(capsys, folder, tmp_path):
+    path = tmp_path / "out.jsonl"
+    options = ["--record-iters", "90-100", "--output", path]
+    fail(capsys, *arguments(folder), *options)
+    assert len(written(path)) == len(REQUESTS)
