@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from jax_eplb import expert_mesh
 from jax_eplb.models import parameters
 from tests.placement_cases import random_table, seeds
-from tests.small_decoder import SMALL, fresh, drawn_on_host
+from tests.small_decoder import SMALL, drawn_on_host, fresh
 
 EXPERTS, SLOTS = SMALL.num_experts, 16
 
 
+@pytest.mark.slow
 def test_fresh_parameters_do_not_depend_on_the_number_of_devices():
     params = fresh(ranks=4)
     for (name, one), (_, many) in zip(

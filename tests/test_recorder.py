@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jax_eplb import Recorder
 
 
-class Unread(Any):
+class Unread:
     """Stands for a device array whose values nobody may ask for yet."""
 
     def __init__(self, values):
@@ -20,6 +20,10 @@ class Unread(Any):
         if not self.readable:
             raise AssertionError("the recorder waited for the device")
         return np.asarray(self.values, dtype)
+
+
+def unread(values) -> Any:
+    return Unread(np.asarray(values))
 
 
 def recorder(**keywords):
@@ -45,7 +49,7 @@ def test_counts_are_the_direct_sums_of_the_half_open_range(start, length, ranks,
 
 def test_recording_a_step_does_not_wait_for_it():
     kept = recorder()
-    steps = [(Unread(np.ones((2, 3, 5), int)), Unread(np.ones((2, 3), int))) for _ in range(60)]
+    steps = [(unread(np.ones((2, 3, 5), int)), unread(np.ones((2, 3), int))) for _ in range(60)]
     for step in steps:
         kept.record(*step)
     for counts, tokens in steps:
@@ -56,7 +60,7 @@ def test_recording_a_step_does_not_wait_for_it():
 def test_a_step_outside_the_range_is_never_read():
     kept = recorder(start=1, stop=2)
     one = jnp.ones((2, 3, 5), jnp.int32), jnp.ones((2, 3), jnp.int32)
-    for step in [(Unread(0), Unread(0)), one, (Unread(0), Unread(0))]:
+    for step in [(unread(0), unread(0)), one, (unread(0), unread(0))]:
         kept.record(*step)
     assert kept.recording().iterations == (1,)
 

@@ -7,7 +7,6 @@ from jax_eplb import Placement
 from jax_eplb.routing import even
 from tests.placement_cases import random_table, seeds, sizes
 
-
 jitted = jax.jit(even, static_argnames="num_slots")
 
 
