@@ -69,9 +69,7 @@ def test_the_plan_file_read_back_gives_what_a_recount_gives(recording, tmp_path,
 
 def test_a_plan_from_two_iterations_balances_the_other_two(recording):
     first, second = recording.keep([0, 1]), recording.keep([2, 3])
-    result = plan(
-        first.expert_counts(), num_slots=80, num_ranks=8, layer_ids=recording.layer_ids
-    )
+    result = plan(first.expert_counts(), num_slots=80, num_ranks=8, layer_ids=recording.layer_ids)
     before = build_report(second, num_ranks=8).summary.average.imbalance
     after = build_report(second, placement=result.placement).summary.average.imbalance
     assert after < before / 3
