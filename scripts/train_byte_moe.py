@@ -34,7 +34,7 @@ def main():
     arguments = parse_arguments()
     values = read_config(arguments.config)
     config = DecoderConfig.from_dict(values["model"], str(arguments.config))
-    training = TrainingConfig(**values["training"])
+    training = TrainingConfig.from_dict(values.get("training"), str(arguments.config))
     if arguments.steps is not None:
         training = dataclasses.replace(training, steps=arguments.steps)
     texts = read_texts(arguments.text, "train", training.kinds)
@@ -43,7 +43,7 @@ def main():
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     trainer = Trainer(config, training, mesh, dtype=dtype)
     tables = trainer.tables()
-    text = corpus(texts, training.kinds, mesh)
+    text = corpus(texts, training, mesh)
 
     params = parameters.initialize(jax.random.key(training.seed), config, mesh, trainer.axis_name)
     state = (params, trainer.optimizer_state(params))
@@ -131,4 +131,7 @@ def held_out_bits(trainer: Trainer, params, tables, text: bytes) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -120,6 +120,7 @@ def test_a_sequence_among_others_gives_the_bits_it_gives_alone():
         np.testing.assert_array_equal(found, together[i])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 8])
 def test_the_number_of_ranks_changes_no_bit(ranks):
     tokens, lengths = text(8), np.array([7, 2, 5, 1, 6, 3, 4, 7])

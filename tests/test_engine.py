@@ -81,6 +81,7 @@ def tokens(engine, requests, **keywords):
     return [output.tolist() for output in engine.run(requests, **keywords).outputs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
 def test_any_number_of_ranks_writes_what_whole_sequences_without_a_cache_give(
@@ -106,6 +107,7 @@ def test_any_placement_writes_the_same_and_a_change_compiles_nothing(num_slots):
     assert compiled == []
 
 
+@pytest.mark.slow
 def test_prompts_of_several_widths_serve_in_one_run():
     lengths = ((3, 2), (17, 5), (25, 3), (2, 4), (16, 2), (4, 1))
     assert tokens(engine(2), random_requests(lengths)) == step_by_step(0.0, lengths)
@@ -119,6 +121,7 @@ def test_a_request_gets_the_same_tokens_alone_and_on_another_seat():
     assert tokens(made, requests[::-1]) == expected[::-1]
 
 
+@pytest.mark.slow
 def test_small_waves_of_the_exchange_write_the_same():
     made = Engine(
         tiny_decoder(),

@@ -81,6 +81,7 @@ def loss_gradients(function, arrays, mask):
     return jax.grad(lambda *x: (function(*x, mask) * weights).sum(), argnums=(0, 1, 2, 3))(*arrays)
 
 
+@pytest.mark.slow
 def test_the_gradients_over_many_waves_are_those_of_the_dense_layer():
     arrays, mask = [jnp.asarray(x) for x in drawn(2)], jnp.arange(T) != 3
     sharded = forward(config_of(4, max_tokens_per_wave=4))

@@ -73,6 +73,7 @@ def test_names_are_paths_in_the_tree():
     assert len(set(names)) == len(names)
 
 
+@pytest.mark.slow
 def test_fresh_weights_have_the_variance_of_their_inputs():
     params = fresh(ranks=1)
     assert params.embed.std() == pytest.approx(1, rel=0.1)

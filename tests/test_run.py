@@ -106,6 +106,7 @@ def test_warming_up_is_neither_recorded_nor_measured(capsys, folder):
     assert warmed["throughput"]["iterations"] == plain["throughput"]["iterations"]
 
 
+@pytest.mark.slow
 def test_the_temperature_samples_and_small_waves_do_not(capsys, folder, tmp_path):
     texts = []
     for number, options in enumerate(

@@ -135,28 +135,6 @@ def test_sglang_jaxs_dict_is_read(tmp_path):
     assert recording.layer_ids == (2, 3)
 
 
-@given(st.permutations(range(2)), st.sampled_from(["<i4", ">i8", "u1"]))
-@settings(derandomize=True, deadline=None, max_examples=10)
-def test_pickled_arrays_are_read_in_any_order_and_type(tmp_path_factory, axes, dtype):
-    counts = np.arange(1, 13).reshape(3, 4).astype(dtype).transpose(axes)
-    path = tmp_path_factory.mktemp("npy") / "a.npy"
-    np.save(path, np.array({"logical_count": counts}, object))
-    np.testing.assert_array_equal(load_npy(path).counts[0], counts)
-
-
-def test_the_names_of_numpy_1_are_read(tmp_path):
-    content = np.array({"logical_count": _counts()}, object)
-    pickled = pickle.dumps(content, 3)  # numpy 1 wrote protocol 3
-    old = pickled.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
-    assert old != pickled
-    with (tmp_path / "a.npy").open("wb") as file:
-        np.lib.format.write_array_header_1_0(
-            file, {"descr": "|O", "fortran_order": False, "shape": ()}
-        )
-        file.write(old)
-    np.testing.assert_array_equal(load_npy(tmp_path / "a.npy").counts, _counts())
-
-
 def test_a_plain_array_is_taken_as_it_is(tmp_path):
     counts = _counts()
     counts[0, 1] = 0

@@ -45,7 +45,7 @@ def standard_promotion():
 @functools.cache
 def trainer(ranks):
     made = Trainer(CONFIG, TRAINING, expert_mesh(ranks))
-    return made, jax.jit(made.step), made.tables(), corpus(TEXTS, TRAINING.kinds, made.mesh)
+    return made, jax.jit(made.step), made.tables(), corpus(TEXTS, TRAINING, made.mesh)
 
 
 def first_state(ranks):
@@ -130,6 +130,7 @@ def test_every_choice_is_counted_and_the_balance_loss_is_near_one_for_an_even_lo
     assert float(losses.balance) == pytest.approx(8 * (fraction**2).sum(), rel=0.5)
 
 
+@pytest.mark.slow
 def test_bfloat16_activations_stay_near_the_float32_loss():
     wide, narrow = first_losses(jnp.float32), first_losses(jnp.bfloat16)
     assert float(narrow.nats) == pytest.approx(float(wide.nats), rel=0.02)
@@ -172,10 +173,34 @@ def test_a_passage_is_a_stretch_of_one_kind_of_text_and_kinds_have_their_shares(
 
 
 def test_a_kind_without_text_is_refused():
+    training = dataclasses.replace(TRAINING, kinds={"count": 0.5, "prose": 0.5})
     with pytest.raises(ValueError, match=re.escape("no text of kind 'prose'; there is ['count'")):
-        corpus(TEXTS, {"count": 0.5, "prose": 0.5}, expert_mesh(1))
+        corpus(TEXTS, training, expert_mesh(1))
+
+
+def test_a_kind_with_less_than_a_passage_is_refused():
+    training = dataclasses.replace(TRAINING, kinds={"short": 1.0})
+    length = TRAINING.sequence_length
+    with pytest.raises(ValueError, match=f"{length} bytes of kind 'short'; a passage takes"):
+        corpus({"short": b"a" * length}, training, expert_mesh(1))
 
 
 def test_a_schedule_that_ends_while_warming_up_is_refused():
     with pytest.raises(ValueError, match="steps is 3; use more than warmup_steps, 3"):
         dataclasses.replace(TRAINING, steps=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stepz": 3}, "'stepz' is unknown"),
+        ({"seed": None}, "'seed' is missing"),
+    ],
+)
+def test_a_config_file_with_other_settings_is_refused(change, message):
+    values = {**dataclasses.asdict(TRAINING), **change}
+    values = {name: value for name, value in values.items() if value is not None}
+    with pytest.raises(ValueError, match=f"file.yaml: the training setting {message}"):
+        TrainingConfig.from_dict(values, "file.yaml")
+    with pytest.raises(ValueError, match="must be a mapping"):
+        TrainingConfig.from_dict(None, "file.yaml")

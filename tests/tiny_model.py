@@ -1,44 +1,24 @@
-"""A decoder small enough to compile in a second, its weights made from a seed."""
+"""A byte-level decoder small enough to compile in a second, and requests to it."""
 
 import contextlib
-import functools
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 
-from jax_eplb.models import DecoderConfig, parameters
 from jax_eplb.models.weights import SavedDecoder
 from jax_eplb.serving import Request
+from tests.small_decoder import SMALL, drawn_on_host
 
-CONFIG = DecoderConfig(
-    vocab_size=256,
-    embed_dim=16,
-    num_layers=3,
-    num_dense_layers=1,
-    num_heads=2,
-    head_dim=8,
-    dense_hidden_dim=24,
-    num_experts=16,
-    experts_per_token=3,
-    expert_hidden_dim=8,
-    shared_hidden_dim=8,
-    max_length=64,
+CONFIG = dataclasses.replace(
+    SMALL, vocab_size=256, num_experts=16, experts_per_token=3, max_length=64
 )
 
 
-@functools.cache
-def tiny_decoder(seed: int = 0) -> SavedDecoder:
-    """Normal matrices of scale 1 / √rows, norms of ones; in numpy, which compiles nothing."""
-    generator = np.random.default_rng(seed)
-
-    def make(shape):
-        scale = 1.0 if len(shape) < 2 else shape[-2] ** -0.5
-        drawn = np.ones(shape) if len(shape) < 2 else generator.standard_normal(shape)
-        return (drawn * scale).astype(np.float32)
-
-    shapes = parameters.shapes(CONFIG)
-    return SavedDecoder(CONFIG, jax.tree.map(make, shapes, is_leaf=parameters.is_shape), {})
+def tiny_decoder() -> SavedDecoder:
+    """A byte-level decoder as it would be loaded from a file."""
+    return SavedDecoder(CONFIG, drawn_on_host(CONFIG), {})
 
 
 def random_requests(lengths: Sequence[tuple[int, int]], seed: int = 0) -> list[Request]:

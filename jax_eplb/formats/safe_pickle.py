@@ -135,17 +135,23 @@ class _Callable:
 
 
 class _Reconstruct(_Callable):
+    __slots__ = ()
+
     def __call__(self, *_kind: Any) -> PickledArray:
         return PickledArray()
 
 
 class _Dtype(_Callable):
+    __slots__ = ()
+
     def __call__(self, *args: Any) -> PickledDtype:
         return PickledDtype(*args)
 
 
 class _Ndarray(_Callable):
     """Only ever named as the first argument of `_reconstruct`."""
+
+    __slots__ = ()
 
 
 # Before numpy 2 the private package was numpy.core.

@@ -44,6 +44,17 @@ class TrainingConfig:
                 f"steps is {self.steps}; use more than warmup_steps, {self.warmup_steps}"
             )
 
+    @classmethod
+    def from_dict(cls, values: Any, source: str) -> "TrainingConfig":
+        """Check the names of a mapping from a file; `source` is named in errors."""
+        if not isinstance(values, dict):
+            raise ValueError(f"{source}: 'training' must be a mapping, not {values!r}")
+        names = {field.name for field in dataclasses.fields(cls)}
+        for name in sorted(names ^ set(values)):
+            fault = "missing" if name in names else f"unknown; known: {sorted(names)}"
+            raise ValueError(f"{source}: the training setting {name!r} is {fault}")
+        return cls(**values)
+
     def optimizer(self) -> optax.GradientTransformation:
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, self.learning_rate, self.warmup_steps, self.steps, self.final_learning_rate
@@ -69,11 +80,21 @@ class Corpus(NamedTuple):
     share: Float[Array, "kinds"]
 
 
-def corpus(texts: dict[str, bytes], shares: dict[str, float], mesh: Mesh) -> Corpus:
-    """Put the text on every device; raises ValueError where a kind has a share but no text."""
+def corpus(texts: dict[str, bytes], training: TrainingConfig, mesh: Mesh) -> Corpus:
+    """Put the text of `training.kinds` on every device.
+
+    Raises ValueError where a kind has no text, or less than one passage of it.
+    """
+    shares = training.kinds
     missing = sorted(set(shares) - set(texts))
     if missing:
         raise ValueError(f"no text of kind {missing[0]!r}; there is {sorted(texts)}")
+    for kind in shares:
+        if len(texts[kind]) <= training.sequence_length:
+            raise ValueError(
+                f"{len(texts[kind])} bytes of kind {kind!r}; a passage takes "
+                f"{training.sequence_length + 1}"
+            )
     lengths = [len(texts[kind]) for kind in shares]
     text = np.frombuffer(b"".join(texts[kind] for kind in shares), np.uint8)
     start = np.cumsum([0, *lengths[:-1]], dtype=np.int32)
