@@ -12,4 +12,5 @@ from jax_eplb.moe import MoE as MoE
 from jax_eplb.moe import MoEConfig as MoEConfig
 from jax_eplb.placement import Placement as Placement
 from jax_eplb.planner import Plan as Plan
+from jax_eplb.planner import frontier as frontier
 from jax_eplb.planner import plan as plan

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from jax_eplb.commands.inputs import add_recording_options, parse_range, positive, whole
+from jax_eplb.commands.plan_options import add_plan_options
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,21 +65,7 @@ def _add_report(commands) -> None:
 
 def _add_plan(commands) -> None:
     parser = commands.add_parser("plan", help="make a load balancer file from a recording")
-    add_recording_options(parser)
-    parser.add_argument("--ep-size", type=positive, required=True, metavar="P", help="ranks")
-    parser.add_argument(
-        "--num-slots", type=positive, metavar="S", help="default: the number of experts"
-    )
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
-    parser.add_argument(
-        "--layer-updates-per-iter",
-        type=whole,
-        default=0,
-        metavar="K",
-        help="written to the file: layers that TensorRT-LLM may update in an iteration",
-    )
-    parser.add_argument("--verbose", action="store_true", help="figures of each layer")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_plan_options(parser)
 
 
 def _add_run(commands) -> None:

@@ -13,7 +13,6 @@ from hypothesis.extra.numpy import arrays
 from jax_eplb.placement import Placement
 from jax_eplb.planner import Plan, plan
 from jax_eplb.planner.bound import lower_bound
-from jax_eplb.planner.plan import plan_layers
 from tests.greedy_reference import duplicates, greedy_plan, imbalance_of
 
 # (E, S, P), each with its own difficulty.
@@ -144,10 +143,10 @@ def test_the_bound_knows_an_expert_that_cannot_be_split_enough():
     assert bound.tolist() == pytest.approx([45 / 24 - 1])
 
 
-def test_windows_are_added_up():
+def test_fast_plans_add_windows_up():
     windows = np.random.default_rng(0).integers(0, 2**40, (2, 3, 16))
-    together = plan(windows, num_slots=20, num_ranks=4)
-    summed = plan(windows.sum(axis=0), num_slots=20, num_ranks=4)
+    together = plan(windows, num_slots=20, num_ranks=4, effort="fast")
+    summed = plan(windows.sum(axis=0), num_slots=20, num_ranks=4, effort="fast")
     np.testing.assert_array_equal(slots_of(together), slots_of(summed))
 
 
@@ -178,8 +177,8 @@ def test_a_layers_plan_does_not_depend_on_the_others():
 
 def test_nan_inside_jit_counts_as_no_load():
     damaged = jnp.array([[jnp.nan, -1, jnp.inf, 4]])
-    slots, _, _ = plan_layers(damaged, num_slots=6, num_ranks=3)
-    Placement.from_slots(slots, num_experts=4, num_ranks=3)
+    result = jax.jit(functools.partial(plan, num_slots=6, num_ranks=3))(damaged)
+    Placement.from_slots(slots_of(result), num_experts=4, num_ranks=3)
 
 
 def test_a_second_plan_of_the_same_shape_compiles_nothing(caplog):

@@ -5,16 +5,15 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jax_eplb.planner.changes import Limits
 from jax_eplb.planner.refine import refine
 from tests.greedy_reference import duplicates, greedy_plan, imbalance_of, rank_load_of
 
 
-def refined(slots, load, num_ranks, max_swaps=16):
+def refined(slots, load, num_ranks, max_rounds=16, **options):
     """int64[L, S]"""
-    count = np.stack([np.bincount(row, minlength=load.shape[1]) for row in slots])
-    share = jnp.asarray(load, jnp.float32) / jnp.asarray(count, jnp.float32)
-    slots = jnp.asarray(slots, jnp.int32)
-    result = refine(slots, share, num_ranks=num_ranks, max_swaps=max_swaps)
+    slots, load = jnp.asarray(slots, jnp.int32), jnp.asarray(load, jnp.float32)
+    result = refine(slots, load, num_ranks=num_ranks, max_rounds=max_rounds, **options)
     return np.asarray(result, np.int64)
 
 
@@ -57,7 +56,7 @@ def test_replicas_are_kept_and_no_rank_gets_one_twice(problem):
 @given(placements())
 def test_what_is_left_cannot_be_improved_by_one_swap(problem):
     load, slots, num_ranks = problem
-    result = refined(slots, load, num_ranks, max_swaps=200)
+    result = refined(slots, load, num_ranks, max_rounds=200)
     for layer, row in enumerate(result):
         tokens = rank_load_of(load[layer : layer + 1], row[None], num_ranks)[0]
         fullest = int(tokens.argmax())
@@ -74,7 +73,7 @@ def test_what_is_left_cannot_be_improved_by_one_swap(problem):
 
 def test_each_swap_is_the_best_there_is():
     load = np.array([[9, 8, 7, 1, 2, 3]])
-    one_swap = refined(np.arange(6)[None], load, 2, max_swaps=1)
+    one_swap = refined(np.arange(6)[None], load, 2, max_rounds=1)
     assert rank_load_of(load, one_swap, 2)[0].tolist() == [16, 14]
 
 
@@ -88,14 +87,14 @@ def test_layers_stop_on_their_own():
 def test_no_swaps_change_nothing():
     load = np.random.default_rng(0).integers(0, 100, (3, 8))
     slots = greedy_plan(load, 8, 4)
-    np.testing.assert_array_equal(refined(slots, load, 4, max_swaps=0), slots)
+    np.testing.assert_array_equal(refined(slots, load, 4, max_rounds=0), slots)
 
 
 def test_swaps_lower_the_imbalance_that_greedy_leaves():
     load = np.random.default_rng(0).lognormal(0, 0.5, (8, 64))
     slots = greedy_plan(load, 64, 8)
     before = imbalance_of(load, slots, 8).mean()
-    after = imbalance_of(load, refined(slots, load, 8, max_swaps=32), 8).mean()
+    after = imbalance_of(load, refined(slots, load, 8, max_rounds=32), 8).mean()
     assert after < before / 4
 
 
@@ -103,3 +102,53 @@ def test_a_swap_that_would_bring_an_expert_together_with_itself_is_not_taken():
     # Ranks hold 11 and 6; 10 and 7 are possible, but only with both replicas of 0 on one rank.
     load, slots = np.array([[10, 6, 1]]), np.array([[0, 1, 0, 2]])
     np.testing.assert_array_equal(refined(slots, load, 2), slots)
+
+
+@given(placements(), st.integers(0, 12))
+def test_replacements_keep_every_expert_and_lower_the_fullest_rank(problem, max_moves):
+    load, slots, num_ranks = problem
+    result = refined(slots, load, num_ranks, 100, replace=True)
+    assert (largest(load, result, num_ranks) <= largest(load, slots, num_ranks) * (1 + 1e-6)).all()
+    for row in result:
+        assert set(row) == set(range(load.shape[1]))
+    assert duplicates(result, num_ranks).tolist() == [0, 0]
+    limits = Limits(None, jnp.asarray(slots, jnp.int32), jnp.full(2, max_moves))
+    few = refined(slots, load, num_ranks, 100, replace=True, limits=limits)
+    assert ((few != slots).sum(axis=1) <= max_moves).all()
+    assert (largest(load, few, num_ranks) <= largest(load, slots, num_ranks) * (1 + 1e-6)).all()
+
+
+def test_a_replacement_gives_a_hot_expert_a_slot_of_one_that_needs_none():
+    # Expert 1 has two replicas and no load; expert 0 wants the second.
+    load, slots = np.array([[8, 0, 4]]), np.array([[0, 1, 2, 1]])
+    assert largest(load, refined(slots, load, 2), 2).tolist() == [8]
+    result = refined(slots, load, 2, replace=True)
+    assert largest(load, result, 2).tolist() == [8 / 2 + 4] or result.tolist() == [[0, 1, 2, 0]]
+
+
+def test_a_slow_rank_gets_less():
+    load, slots = np.array([[4, 4, 2, 2]]), np.array([[0, 1, 2, 3]])
+    limits = Limits(jnp.array([1.0, 2.0]))
+    assert rank_load_of(load, refined(slots, load, 2, limits=limits), 2).tolist() == [[4, 8]]
+
+
+def test_experts_far_from_home_cost():
+    # Swapping 0 and 2 would balance, and put both on the other's node.
+    load, slots = np.array([[4, 4, 2, 2]]), np.array([[0, 1, 2, 3]])
+    for weight, moves in ((0.0, 2), (0.3, 2), (1.0, 0)):
+        limits = Limits(home=jnp.array([[0, 0, 1, 1]]), cross_node_weight=jnp.float32(weight))
+        result = refined(slots, load, 2, limits=limits, num_nodes=2)
+        # The imbalance falls by 1/3, and half of the tokens are served elsewhere.
+        assert (result != slots).sum() == moves
+
+
+def test_no_swap_puts_all_replicas_on_one_node():
+    # Four ranks of two nodes; the best swap would bring 0's second replica next to its first.
+    load, slots = np.array([[8, 9, 1, 1, 6]]), np.array([[0, 2, 3, 1, 0, 1, 4, 2]])
+    free = refined(slots, load, 4)
+    kept = refined(slots, load, 4, num_nodes=2, spread=True)
+    node = np.arange(8) // 4
+    for expert in range(5):
+        assert len(set(node[kept[0] == expert])) == min(2, (kept[0] == expert).sum())
+    assert largest(load, kept, 4) <= largest(load, slots, 4)
+    assert largest(load, free, 4) <= largest(load, kept, 4)

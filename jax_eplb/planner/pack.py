@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jax_eplb.planner.speed import slowness_of
 from jax_eplb.split import sum_by_rank
 
 # A load that a rank gets in comparisons only: to be chosen where nothing else is left.
@@ -24,25 +25,33 @@ def pack(
     *,
     num_slots: int,
     num_ranks: int,
+    capacity: Float[Array, "P"] | None = None,
 ) -> Int[Array, "L S"]:
-    """Heaviest replica first, to the least loaded rank with a free slot and no such replica.
+    """Heaviest replica first, to the rank that it leaves emptiest, of those with room and without it.
 
     Counts must add up to S, none above P. Where near the end only ranks that already hold the
     expert have a free slot, it goes there for the moment, and `separate` swaps it away. Ties go to
     the lowest expert and to the lowest rank.
 
+    `capacity` is the speed of each rank. One of speed 0 holds nothing: its slots get the id E, and
+    counts add up to the other ranks' slots.
+
     >>> load, count = jnp.array([[8.0, 3, 2, 1]]), jnp.array([[2, 2, 1, 1]])
     >>> pack(load, count, num_slots=6, num_ranks=2).tolist()
     [[0, 2, 1, 0, 1, 3]]
     """
+    num_experts = load.shape[1]
     share = load / replica_count.astype(jnp.float32)
     order = _heaviest_first(share)
     repeat = functools.partial(jnp.repeat, total_repeat_length=num_slots)
     experts = jax.vmap(repeat)(order, jnp.take_along_axis(replica_count, order, axis=1))
-    weights = jnp.take_along_axis(share, experts, axis=1)
-    slots, forced = _choose_slots(experts.T, weights.T, num_ranks)
+    if capacity is not None:
+        given = jnp.arange(num_slots)[None] < replica_count.sum(axis=1, keepdims=True)
+        experts = jnp.where(given, experts, num_experts)
+    weights = jnp.take_along_axis(share, experts, axis=1, mode="fill", fill_value=0.0)
+    slots, forced = _choose_slots(experts.T, weights.T, slowness_of(capacity, num_ranks))
     layers = jnp.arange(load.shape[0])[:, None]
-    packed = jnp.zeros_like(experts).at[layers, slots.T].set(experts, unique_indices=True)
+    packed = jnp.full_like(experts, num_experts).at[layers, slots.T].set(experts, mode="drop")
     return separate(packed, share, num_ranks=num_ranks, may_differ=forced)
 
 
@@ -68,42 +77,46 @@ def _heaviest_first(share: Float[Array, "L E"]) -> Int[Array, "L E"]:
 
 
 class _Ranks(NamedTuple):
-    load: Float[Array, "P L"]
-    used: Int[Array, "P L"]  # slots
+    height: Float[Array, "P L"]  # tokens / capacity; inf once all slots are taken
+    free: Int[Array, "P L"]  # the next slot
     last: Int[Array, "P L"]  # the expert that came last; -1 before any
 
 
 def _choose_slots(
-    experts: Int[Array, "S L"], weights: Float[Array, "S L"], num_ranks: int
+    experts: Int[Array, "S L"], weights: Float[Array, "S L"], slowness: Float[Array, "P 1"]
 ) -> tuple[Int[Array, "S L"], Bool[Array, "L"]]:
     """The slot of each replica in turn, and whether two of one expert met on a rank.
 
-    Replicas of one expert must stand together in the order: `last` then tells who holds it.
+    S where no rank has room. Replicas of one expert must stand together in the order: `last` then
+    tells who holds it.
     """
     num_slots, num_layers = experts.shape
-    per_rank = num_slots // num_ranks
-    ids = jnp.arange(num_ranks, dtype=jnp.int32)[:, None]
+    num_ranks = len(slowness)
+    first = jnp.arange(0, num_slots, num_slots // num_ranks, dtype=jnp.int32)[:, None]
+    full = first + num_slots // num_ranks
 
     def put(carry, replica):
         ranks, forced = carry
         expert, weight = (x[None] for x in replica)  # [1, L]
-        height = jnp.where(ranks.last == expert, _LAST_RESORT, ranks.load)
-        height = jnp.where(ranks.used == per_rank, jnp.inf, height)
+        grown = ranks.height + weight * slowness
+        # A full rank's height is infinite, and stays above the last resort.
+        height = jnp.where(ranks.last == expert, jnp.maximum(grown, _LAST_RESORT), grown)
         lowest = height.min(axis=0, keepdims=True)
-        rank = jnp.where(height == lowest, ids, num_ranks).min(axis=0, keepdims=True)
-        chosen = ids == rank
-        slot = jnp.where(chosen, ids * per_rank + ranks.used, 0).sum(axis=0)
+        slot = jnp.where(height == lowest, ranks.free, num_slots).min(axis=0, keepdims=True)
+        slot = jnp.where(lowest == jnp.inf, num_slots, slot)
+        chosen = ranks.free == slot
+        free = ranks.free + chosen.astype(jnp.int32)
+        taken = jnp.where(chosen & (free == full), jnp.inf, grown)
         ranks = _Ranks(
-            ranks.load + jnp.where(chosen, weight, 0.0),
-            ranks.used + chosen.astype(jnp.int32),
-            jnp.where(chosen, expert, ranks.last),
+            jnp.where(chosen, taken, ranks.height), free, jnp.where(chosen, expert, ranks.last)
         )
-        return (ranks, forced | (lowest[0] == _LAST_RESORT)), slot.astype(jnp.int32)
+        return (ranks, forced | (lowest[0] == _LAST_RESORT)), slot[0]
 
     shape = (num_ranks, num_layers)
-    empty = _Ranks(jnp.zeros(shape), jnp.zeros(shape, jnp.int32), jnp.full(shape, -1, jnp.int32))
+    empty = jnp.broadcast_to(jnp.where(slowness > 0, 0.0, jnp.inf), shape)
+    start = _Ranks(empty, jnp.broadcast_to(first, shape), jnp.full(shape, -1, jnp.int32))
     never = jnp.zeros(num_layers, bool)
-    (_, forced), slots = jax.lax.scan(put, (empty, never), (experts, weights))
+    (_, forced), slots = jax.lax.scan(put, (start, never), (experts, weights))
     return slots, forced
 
 
@@ -124,29 +137,31 @@ def separate(
     leaves the fuller of the two ranks emptiest.
     """
 
-    num_slots = slot_to_expert.shape[1]
+    num_slots, num_experts = slot_to_expert.shape[1], share.shape[1]
 
     def one_swap(slots, share):
         ranks = slots.reshape(num_ranks, -1)
-        surplus = _surplus(ranks)
+        surplus = _surplus(ranks) & (ranks < num_experts)
         r = jnp.argmax(surplus.sum(axis=1))
         s = r * ranks.shape[1] + jnp.argmax(surplus[r])
         lacks = (ranks != slots[s]).all(axis=1, keepdims=True)  # [P, 1]
+        holds = ranks < num_experts  # no rank that holds nothing
         is_new = jax.lax.fori_loop(
             0,
             ranks.shape[1],
             lambda i, new: new & (ranks != ranks[r, i]),
             jnp.ones(ranks.shape, bool),
         )
-        height = sum_by_rank(share[slots], num_ranks)
+        height = sum_by_rank(share.at[slots].get(mode="fill", fill_value=0.0), num_ranks)
         gain = share[slots[s]] - share[ranks]  # [P, N]: what the other rank gains and r loses
         after = jnp.maximum(height[:, None] + gain, height[r] - gain)
-        t = jnp.argmin(jnp.where(lacks & is_new, after, jnp.inf))
+        t = jnp.argmin(jnp.where(lacks & holds & is_new, after, jnp.inf))
         swapped = slots.at[s].set(slots[t]).at[t].set(slots[s])
         return jnp.where(surplus.any(), swapped, slots)
 
     def has_surplus(slots):
-        return _surplus(slots.reshape(num_ranks, -1)).any()
+        ranks = slots.reshape(num_ranks, -1)
+        return (_surplus(ranks) & (ranks < num_experts)).any()
 
     def crowded(state):
         swaps, differ, _ = state

@@ -1,12 +1,12 @@
 """Plan: from load to a placement, all layers at once.
 
-Axes: W windows, L layers, E experts, S slots, P ranks, N = S / P slots of a rank.
+Axes: W windows, L layers, E experts, S slots, P ranks, N = S / P slots of a rank, Q nodes.
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,54 +14,113 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Num
 
-from jax_eplb.metrics import imbalance
-from jax_eplb.placement import Placement, check_layer_ids, check_sizes, max_replicas
+from jax_eplb.placement import Placement, check_layer_ids, check_sizes
 from jax_eplb.planner.bound import lower_bound
-from jax_eplb.planner.pack import pack
+from jax_eplb.planner.changes import Limits
+from jax_eplb.planner.deepseek import deepseek_plan
+from jax_eplb.planner.effort import effort_of
+from jax_eplb.planner.fresh import (
+    every_expert_everywhere,
+    fresh_balanced,
+    fresh_even,
+    fresh_windows,
+)
+from jax_eplb.planner.inputs import MAX_LOAD, check_capacity, check_load, check_topology
 from jax_eplb.planner.refine import refine
-from jax_eplb.planner.replicate import replicate
-from jax_eplb.split import even_split, sum_by_rank
+from jax_eplb.planner.replan import count_moves, keep_places, replan
+from jax_eplb.planner.score import score_balanced, score_even
+from jax_eplb.planner.topology import (
+    cross_node_share,
+    groups_to_nodes,
+    home_nodes,
+    nodes_in_force,
+    spread_over_nodes,
+)
+from jax_eplb.split import even_split
 
-# Ways to replicate: offset, and the part of the spare slots held back for small replicas. The best
-# plan of each layer is kept. The first is greedy's own, which makes the plan no worse than greedy's
-# where greedy puts no two replicas on one rank. The others mend heavy tails: with the first, three,
-# four and all of them, lognormal loads (sigma 2) of 128 experts in 160 slots of 32 ranks keep an
-# imbalance of 0.075, 0.022, 0.0055 and 0.0037 (mean of 58 layers).
-_WAYS = ((0.0, 0.0), (-0.3, 0.0), (-0.5, 0.0), (-0.7, 0.0), (-0.5, 0.25))
-_MAX_SWAPS = 32
-# Above, float32 sums could overflow.
-_MAX_LOAD = 1e30
+# What a placement in force must be worse by, in imbalance, before any weight is moved.
+_WORTH_MOVING = 0.01
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A placement, what it should give, and what no placement could beat. A pytree.
+    """A placement, what it should give, what no placement could beat, what it costs. A pytree.
 
-    Both figures are imbalances, (max - mean) / mean, on the load planned for, under the even split.
+    `imbalance` and `lower_bound` are (max - mean) / mean of the ranks' tokens on the load planned
+    for, under the split planned for, a mean over windows; with a capacity, of the ranks' times.
     """
 
     placement: Placement
     imbalance: Float[Array, "L"]
-    # From two simple bounds (see `lower_bound`): the optimum may lie above it, never below.
+    # The optimum may lie above it, never below.
     lower_bound: Float[Array, "L"]
+    # Slots whose expert changes; None where there was no placement before.
+    moves: Int[Array, "L"] | None = None
+    # The part of the tokens served off their group's node; None without groups.
+    cross_node: Float[Array, "L"] | None = None
+
+    @property
+    def gap(self) -> Float[Array, "L"]:
+        """The fullest rank is at most this part above that of the best placement there is."""
+        return (self.imbalance - self.lower_bound) / (1 + self.lower_bound)
+
+
+class _Sizes(NamedTuple):
+    """All that is static."""
+
+    num_slots: int
+    num_ranks: int
+    split: str
+    effort: str
+    method: str
+    num_nodes: int
+    num_groups: int
+    spread: bool
 
 
 def plan(
     load: Num[Array, "*windows L E"] | np.ndarray,
-    *,
     num_slots: int,
     num_ranks: int,
+    *,
+    previous: Placement | Int[Array, "L S"] | None = None,
+    max_moves: int | Int[Array, "L"] | None = None,
+    split: str = "even",
+    effort: str = "default",
+    method: str = "search",
+    num_nodes: int = 1,
+    num_groups: int = 1,
+    cross_node_weight: float | None = None,
+    spread_replicas: bool = False,
+    capacity: Float[Array, "P"] | Sequence[float] | None = None,
     layer_ids: Sequence[int] | None = None,
 ) -> Plan:
     """Place E experts in S slots of P ranks so that the fullest rank has as little as possible.
 
-    `load` counts tokens by expert, [L, E], or [W, L, E], whose windows are added up; any numbers,
-    NumPy's 64-bit ones included. Deterministic: every process that plans from the same load gets
-    the same plan. Works under `jit` and `vmap` with the sizes static; the load's values are then
-    not checked. Experts within a rank stand in ascending order.
+    `load` counts tokens by expert: [L, E], or [W, L, E] with one window for each iteration, and
+    then the mean over iterations like these is what counts. Any numbers, NumPy's 64-bit ones
+    included.
 
-    Raises ValueError for NaN, negative or too large loads, S not divisible by P, S < E.
+    previous, max_moves: start from this placement, and change at most so many slots of each layer
+        (a number, or one for each layer). Experts that stay on a rank keep their slots, and where
+        little is to be gained nothing moves. Without `max_moves` a fresh plan is considered too.
+    split: how the layer will divide an expert's tokens among its replicas, "even" or "balanced".
+    effort: "fast" (one way to replicate, windows added up), "default" or "best".
+    method: "search", or "deepseek" for the plans of deepseek-ai/EPLB, slot for slot.
+    num_nodes, num_groups: the groups of experts that a router picks from stay on one node each.
+    cross_node_weight: let them leave it where that lowers imbalance by more than this weight times
+        the part of the tokens that is then served elsewhere.
+    spread_replicas: the replicas of an expert are on two nodes at least; with S >= 2 E every expert
+        has two.
+    capacity: relative speed of each rank. A rank of speed 0 holds nothing: its slots hold the id E.
+
+    Deterministic: every process that plans from the same load gets the same plan. Works under
+    `jit` and `vmap` with the sizes static; values are then not checked. A second plan of the same
+    shapes compiles nothing. Without `previous`, experts within a rank stand in ascending order.
+
+    Raises ValueError for NaN, negative or too large loads, S not divisible by P, S < E, and for
+    numbers of nodes and groups that do not divide.
 
     >>> result = plan(np.array([[8, 4, 2, 2]]), num_slots=6, num_ranks=2)
     >>> result.placement.slot_to_expert.tolist(), result.imbalance.tolist()
@@ -78,95 +137,276 @@ def plan(
     check_sizes(num_experts, num_slots, num_ranks)
     ids = tuple(int(i) for i in (range(num_layers) if layer_ids is None else layer_ids))
     check_layer_ids(ids, num_layers)
+    check_topology(num_experts, num_slots, num_ranks, num_nodes, num_groups, spread_replicas)
+    if split not in ("even", "balanced"):
+        raise ValueError(f"split {split!r} must be 'even' or 'balanced'")
+    if method not in ("search", "deepseek"):
+        raise ValueError(f"method {method!r} must be 'search' or 'deepseek'")
+    if max_moves is not None and previous is None:
+        raise ValueError("max_moves needs the placement in force: give previous")
+    effort_of(effort)
     if not isinstance(load, Tracer):
-        load = _checked(np.asarray(load), ids)
-    slots, expected, bound = plan_layers(_total(load), num_slots=num_slots, num_ranks=num_ranks)
-    return Plan(Placement(slots, num_experts, num_ranks, ids), expected, bound)
+        load = check_load(np.asarray(load), ids)
+    if capacity is not None:
+        capacity = check_capacity(capacity, num_experts, num_slots, num_ranks, num_nodes)
+    table = None
+    if previous is not None:
+        table = previous.slot_to_expert if isinstance(previous, Placement) else previous
+        if table.shape != (num_layers, num_slots):
+            raise ValueError(
+                f"previous has shape {table.shape}; expected {(num_layers, num_slots)}, "
+                "the layers of the load and the slots of the plan"
+            )
+        table = jnp.asarray(table, jnp.int32)
+    limit = None if max_moves is None else jnp.broadcast_to(jnp.asarray(max_moves), (num_layers,))
+    sizes = _Sizes(
+        num_slots, num_ranks, split, effort, method, num_nodes, num_groups, spread_replicas
+    )
+    weight = None if cross_node_weight is None else jnp.float32(cross_node_weight)
+    windows = jnp.asarray(load if load.ndim == 3 else load[None], jnp.float32)
+    slots, *figures = _plan_layers(windows, table, limit, capacity, weight, sizes)
+    return Plan(Placement(slots, num_experts, num_ranks, ids), *figures)
 
 
-@functools.partial(jax.jit, static_argnames=("num_slots", "num_ranks"))
-def plan_layers(
-    load: Float[Array, "L E"], *, num_slots: int, num_ranks: int
-) -> tuple[Int[Array, "L S"], Float[Array, "L"], Float[Array, "L"]]:
-    """The pure part of `plan`: slots, expected imbalance and lower bound of each layer.
+def frontier(
+    load: Num[Array, "*windows L E"] | np.ndarray,
+    previous: Placement,
+    max_moves: Sequence[int | None],
+    **options,
+) -> list[Plan]:
+    """Plans from `previous` with each of several limits of moves; None is no limit.
+
+    What more moves would buy. Takes the other arguments of `plan`.
+
+    >>> before = Placement.default(num_experts=4, num_ranks=2)
+    >>> [p.imbalance.tolist() for p in frontier(np.array([[6, 6, 1, 1]]), before, [0, None])]
+    [[0.7142857313156128], [0.0]]
+    """
+    sizes = previous.num_slots, previous.num_ranks
+    options = {"layer_ids": previous.layer_ids} | options
+    return [plan(load, *sizes, previous=previous, max_moves=m, **options) for m in max_moves]
+
+
+@functools.partial(jax.jit, static_argnames="sizes")
+def _plan_layers(
+    windows: Float[Array, "W L E"],
+    previous: Int[Array, "L S"] | None,
+    max_moves: Int[Array, "L"] | None,
+    capacity: Float[Array, "P"] | None,
+    cross_node_weight: Float[Array, ""] | None,
+    sizes: _Sizes,
+):
+    """The pure part of `plan`: slots, and the figures of `Plan` in their order.
 
     Any load gives a valid placement; NaN and negative ones count as none.
-
-    >>> plan_layers(jnp.array([[3.0, 1]]), num_slots=2, num_ranks=1)[0].tolist()
-    [[0, 1]]
     """
-    load = jnp.where(load > 0, jnp.minimum(load.astype(jnp.float32), _MAX_LOAD), 0.0)
-    if num_slots // num_ranks >= load.shape[1]:
-        slots = _every_expert_everywhere(load, num_slots, num_ranks)
-        candidates = slots[None]
+    windows = jnp.where(windows > 0, jnp.minimum(windows, MAX_LOAD), 0.0)
+    num_experts = windows.shape[2]
+
+    def score(slots):
+        # One window is scored as a single load, without the axis.
+        load = windows if len(windows) > 1 else windows[0]
+        each = score_balanced if sizes.split == "balanced" else score_even
+        return each(load, slots, sizes.num_ranks, capacity)
+
+    if previous is None:
+        slots = _sort_within_ranks(_fresh(windows, capacity, cross_node_weight, sizes), sizes)
     else:
-        candidates = _candidates(load, num_slots, num_ranks)  # [candidates, L, S]
-    expected = jax.vmap(lambda slots: _expected_imbalance(load, slots, num_ranks))(candidates)
-    best = expected.argmin(axis=0)
-    slots = jnp.take_along_axis(candidates, best[None, :, None], axis=0)[0]
-    slots = _sort_within_ranks(slots, num_ranks)
-    expected = expected.min(axis=0)
-    bound = lower_bound(load, num_slots=num_slots, num_ranks=num_ranks)
-    # Rounding apart, the bound is never above what was reached.
-    return slots, expected, jnp.minimum(bound, expected)
-
-
-def _candidates(
-    load: Float[Array, "L E"], num_slots: int, num_ranks: int
-) -> Int[Array, "candidates L S"]:
-    """One packed and refined placement for each way to replicate."""
-    num_experts = load.shape[1]
-    bound = max_replicas(num_experts, num_slots, num_ranks)
-    offsets = jnp.array([offset for offset, _ in _WAYS], jnp.float32)
-    held_back = [math.ceil(part * (num_slots - num_experts)) for _, part in _WAYS]
-
-    def candidate(way):
-        count = replicate(load, num_slots, bound, *way)
-        slots = pack(load, count, num_slots=num_slots, num_ranks=num_ranks)
-        share = load / count.astype(jnp.float32)
-        return refine(slots, share, num_ranks=num_ranks, max_swaps=_MAX_SWAPS)
-
-    # In turn, so that a candidate's tables stay in the processor's cache.
-    return jax.lax.map(candidate, (offsets, jnp.array(held_back, jnp.int32)))
-
-
-def _every_expert_everywhere(
-    load: Float[Array, "L E"], num_slots: int, num_ranks: int
-) -> Int[Array, "L S"]:
-    """Ranks with room for all experts hold them all, and share every load equally."""
-    rank = jnp.arange(num_slots // num_ranks, dtype=jnp.int32) % load.shape[1]
-    return jnp.tile(rank, (load.shape[0], num_ranks))
-
-
-def _expected_imbalance(
-    load: Float[Array, "L E"], slots: Int[Array, "L S"], num_ranks: int
-) -> Float[Array, "L"]:
-    return imbalance(sum_by_rank(even_split(load, slots, load.shape[1]), num_ranks))
-
-
-def _sort_within_ranks(slots: Int[Array, "L S"], num_ranks: int) -> Int[Array, "L S"]:
-    by_rank = slots.reshape(slots.shape[0], num_ranks, -1)
-    return jnp.sort(by_rank, axis=-1).reshape(slots.shape)
-
-
-def _total(load) -> Float[Array, "L E"]:
-    """Windows added up, in float32."""
-    load = jnp.asarray(load, jnp.float32)
-    return load if load.ndim == 2 else load.sum(axis=0)
-
-
-def _checked(load: np.ndarray, layer_ids: tuple[int, ...]) -> np.ndarray:
-    """Windows added up in float64, every value checked; float64[L, E]."""
-    # jnp's, which knows bfloat16.
-    if not (jnp.issubdtype(load.dtype, jnp.integer) or jnp.issubdtype(load.dtype, jnp.floating)):
-        raise ValueError(f"load is {load.dtype}; expected counts of tokens")
-    values = load.astype(np.float64)
-    wrong = ~((values >= 0) & (values <= _MAX_LOAD))
-    if wrong.any():
-        at = tuple(int(i) for i in np.argwhere(wrong)[0])
-        window = f"window {at[0]}, " if load.ndim == 3 else ""
-        raise ValueError(
-            f"{window}layer {layer_ids[at[-2]]}, expert {at[-1]}: load {values[at]}; expected a "
-            f"count of tokens from 0 to {_MAX_LOAD:.0e}; leave out damaged windows, or put 0 there"
+        slots = _from_previous(
+            windows, previous, max_moves, capacity, cross_node_weight, sizes, score
         )
-    return values.sum(axis=0) if load.ndim == 3 else values
+    expected = score(slots)
+    bound = lower_bound(
+        windows if len(windows) > 1 else windows[0],
+        num_slots=sizes.num_slots,
+        num_ranks=sizes.num_ranks,
+        split=sizes.split,
+        capacity=capacity,
+    )
+    moves = None if previous is None else count_moves(slots, previous, num_experts)
+    cross = None
+    if sizes.num_groups > 1:
+        cross = cross_node_share(
+            even_split(windows.sum(axis=0), slots, num_experts),
+            slots,
+            num_experts=num_experts,
+            num_groups=sizes.num_groups,
+            num_nodes=sizes.num_nodes,
+        )
+    # Rounding apart, the bound is never above what was reached.
+    return slots, expected, jnp.minimum(bound, expected), moves, cross
+
+
+def _fresh(windows, capacity, cross_node_weight, sizes: _Sizes) -> Int[Array, "L S"]:
+    """A placement from load alone, with the topology that is asked for."""
+    if sizes.method == "deepseek":
+        return deepseek_plan(
+            windows.sum(axis=0),
+            num_slots=sizes.num_slots,
+            num_ranks=sizes.num_ranks,
+            num_nodes=sizes.num_nodes,
+            num_groups=sizes.num_groups,
+        )
+    load = windows.sum(axis=0)
+    if sizes.num_groups == 1 or sizes.num_nodes == 1:
+        slots = _search(windows, capacity, sizes)
+    else:
+        slots = _with_groups(windows, capacity, cross_node_weight, sizes)
+    if sizes.spread:
+        slots = spread_over_nodes(
+            slots,
+            load,
+            num_ranks=sizes.num_ranks,
+            num_nodes=sizes.num_nodes,
+            capacity=capacity,
+        )
+        slots = refine(
+            slots,
+            load,
+            num_ranks=sizes.num_ranks,
+            max_rounds=sizes.num_slots,
+            limits=Limits(capacity),
+            num_nodes=sizes.num_nodes,
+            spread=True,
+        )
+    return slots
+
+
+def _search(windows, capacity, sizes: _Sizes) -> Int[Array, "L S"]:
+    """The search for the split, the effort and the number of windows."""
+    _, num_layers, num_experts = windows.shape
+    effort = effort_of(sizes.effort)
+    if sizes.num_slots // sizes.num_ranks >= num_experts:
+        return every_expert_everywhere(
+            num_layers, num_experts, sizes.num_slots, sizes.num_ranks, capacity
+        )
+    options = {
+        "num_slots": sizes.num_slots,
+        "num_ranks": sizes.num_ranks,
+        "effort": effort,
+        "capacity": capacity,
+        "least": 2 if sizes.spread and sizes.num_slots >= 2 * num_experts else 1,
+    }
+    if sizes.split == "balanced":
+        return fresh_balanced(windows, **options)
+    if len(windows) == 1 or not effort.powers:
+        return fresh_even(windows.sum(axis=0), **options)
+    return fresh_windows(windows, **options)
+
+
+def _with_groups(windows, capacity, cross_node_weight, sizes: _Sizes) -> Int[Array, "L S"]:
+    """Groups to nodes, then each node for itself; with a weight, swaps between nodes after that."""
+    load = windows.sum(axis=0)
+    order = groups_to_nodes(
+        load, num_groups=sizes.num_groups, num_nodes=sizes.num_nodes, capacity=capacity
+    )
+    on_node = sizes._replace(
+        num_slots=sizes.num_slots // sizes.num_nodes,
+        num_ranks=sizes.num_ranks // sizes.num_nodes,
+        num_nodes=1,
+        num_groups=1,
+    )
+    slots = _node_by_node(
+        lambda windows, capacity, _: _search(windows, capacity, on_node),
+        order,
+        windows,
+        capacity,
+        None,
+        sizes.num_nodes,
+    )
+    if cross_node_weight is None:
+        return slots
+    return refine(
+        slots,
+        load,
+        num_ranks=sizes.num_ranks,
+        max_rounds=sizes.num_slots,
+        limits=Limits(
+            capacity, home=home_nodes(order, sizes.num_nodes), cross_node_weight=cross_node_weight
+        ),
+        num_nodes=sizes.num_nodes,
+    )
+
+
+def _node_by_node(
+    plan_node, order: Int[Array, "L E"], windows, capacity, table, num_nodes: int
+) -> Int[Array, "L S"]:
+    """Plan each node as if it were all there is, its experts numbered from 0."""
+    num_windows, num_layers, num_experts = windows.shape
+    by_node = order.reshape(num_layers, num_nodes, -1).swapaxes(0, 1)  # [Q, L, E / Q]
+    per_node = num_experts // num_nodes
+    loads = jax.vmap(
+        lambda experts: jnp.take_along_axis(windows, experts[None], axis=2), out_axes=0
+    )(by_node)
+    speeds = None if capacity is None else capacity.reshape(num_nodes, -1)
+    tables = None
+    if table is not None:
+        layers = jnp.arange(num_layers)[:, None]
+        place = jnp.broadcast_to(jnp.arange(num_experts, dtype=jnp.int32), order.shape)
+        place = jnp.zeros_like(order).at[layers, order].set(place) % per_node
+        own = jnp.take_along_axis(place, table, axis=1, mode="fill", fill_value=per_node)
+        tables = own.reshape(num_layers, num_nodes, -1).swapaxes(0, 1)
+    slots = jax.vmap(plan_node)(loads, speeds, tables)  # [Q, L, S / Q]
+    experts = jnp.take_along_axis(by_node, slots, axis=2, mode="fill", fill_value=num_experts)
+    return experts.swapaxes(0, 1).reshape(num_layers, -1)
+
+
+def _from_previous(
+    windows, previous, max_moves, capacity, cross_node_weight, sizes: _Sizes, score
+) -> Int[Array, "L S"]:
+    """The placement in force with changes, or a fresh one where moves are not limited."""
+    num_layers, num_experts = windows.shape[1:]
+    effort = effort_of(sizes.effort)
+    rounds = max(effort.balanced_rounds if sizes.split == "balanced" else sizes.num_slots // 2, 16)
+    limit = jnp.full(num_layers, sizes.num_slots) if max_moves is None else max_moves
+    if not effort.powers:
+        windows = windows.sum(axis=0, keepdims=True)
+    on_nodes = sizes.num_groups > 1 and sizes.num_nodes > 1 and cross_node_weight is None
+    nodes = sizes.num_nodes if on_nodes else 1
+
+    def change(windows, capacity, table):
+        return replan(
+            windows,
+            table,
+            num_ranks=sizes.num_ranks // nodes,
+            max_moves=limit // nodes,
+            max_rounds=rounds,
+            split=sizes.split,
+            capacity=capacity,
+        )
+
+    if sizes.method == "deepseek" or sizes.num_slots // sizes.num_ranks >= num_experts:
+        slots = previous
+    elif on_nodes:
+        order = nodes_in_force(
+            previous,
+            num_experts=num_experts,
+            num_groups=sizes.num_groups,
+            num_nodes=sizes.num_nodes,
+        )
+        slots = _node_by_node(change, order, windows, capacity, previous, nodes)
+    else:
+        slots = change(windows, capacity, previous)
+    slots = keep_places(slots, previous, sizes.num_ranks)
+    before, after = score(previous), score(slots)
+    if max_moves is None:
+        fresh = keep_places(
+            _fresh(windows, capacity, cross_node_weight, sizes), previous, sizes.num_ranks
+        )
+        reached = score(fresh)
+        better = reached < after - _WORTH_MOVING
+        slots = jnp.where(better[:, None], fresh, slots)
+        after = jnp.where(better, reached, after)
+    # A placement that holds what it must, and is as good, stays.
+    live = jnp.ones(sizes.num_ranks, bool) if capacity is None else capacity > 0
+    live = jnp.repeat(live, sizes.num_slots // sizes.num_ranks)[None]
+    amiss = ((previous < num_experts) != live).any(axis=1)
+    worth = (before - after > _WORTH_MOVING) | amiss
+    return jnp.where(worth[:, None], slots, previous)
+
+
+def _sort_within_ranks(slots: Int[Array, "L S"], sizes: _Sizes) -> Int[Array, "L S"]:
+    if sizes.method == "deepseek":
+        return slots
+    by_rank = slots.reshape(slots.shape[0], sizes.num_ranks, -1)
+    return jnp.sort(by_rank, axis=-1).reshape(slots.shape)

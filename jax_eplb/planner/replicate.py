@@ -14,13 +14,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-@functools.partial(jax.jit, static_argnames=("num_slots", "max_replicas"))
+@functools.partial(jax.jit, static_argnames=("num_slots", "max_replicas", "least"))
 def replicate(
     load: Float[Array, "L E"],
     num_slots: int,
     max_replicas: int | None = None,
     offset: Float[Array, ""] | float = 0.0,
     held_back: Int[Array, ""] | int = 0,
+    live: tuple[Int[Array, ""], Int[Array, ""]] | None = None,
+    least: int = 1,
 ) -> Int[Array, "L E"]:
     """Give each spare slot to the expert with the largest load / (replicas + offset).
 
@@ -32,20 +34,24 @@ def replicate(
 
     The last `held_back` spare slots go to the experts with the smallest replicas instead: where a
     further replica of a hot expert would only meet another hot one, an all but empty slot is worth
-    more. `max_replicas` bounds the replicas of an expert; by default only the other experts' need
-    of a slot does. Raises ValueError where S slots cannot be given out so.
+    more. Every expert gets at least `least` replicas, and at most `max_replicas`; by default only
+    the other experts' need of a slot bounds them. `live`: the slots to give out and the ranks they
+    are on, where some ranks hold nothing. Raises ValueError where S slots cannot be given
+    out so.
 
     >>> replicate(jnp.array([[10.0, 5, 2, 15, 8]]), 9).tolist()
     [[2, 1, 1, 3, 2]]
     """
     num_layers, num_experts = load.shape
     bound = num_slots - num_experts + 1 if max_replicas is None else max_replicas
-    if not num_experts <= num_slots <= num_experts * bound:
+    if not num_experts * least <= num_slots <= num_experts * bound:
         raise ValueError(
-            f"{num_slots} slots for {num_experts} experts of at most {bound} replicas; "
-            f"use {num_experts} to {num_experts * bound} slots"
+            f"{num_slots} slots for {num_experts} experts of {least} to {bound} replicas; "
+            f"use {num_experts * least} to {num_experts * bound} slots"
         )
-    spare = num_slots - num_experts
+    if live is None:
+        live = num_slots, bound
+    spare, bound = live[0] - least * num_experts, jnp.minimum(live[1], bound)
     load = load.astype(jnp.float32).T  # [E, L]
     ids = jnp.arange(num_experts, dtype=jnp.int32)[:, None]
 
@@ -58,5 +64,5 @@ def replicate(
         winner = jnp.where(claim == strongest, ids, num_experts).min(axis=0, keepdims=True)
         return replicas + (ids == winner).astype(jnp.int32)
 
-    once = jnp.ones((num_experts, num_layers), jnp.int32)
-    return jax.lax.fori_loop(0, spare, give, once).T
+    start = jnp.full((num_experts, num_layers), least, jnp.int32)
+    return jax.lax.fori_loop(0, spare, give, start).T
