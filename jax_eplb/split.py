@@ -22,8 +22,9 @@ def even_split(
 ) -> Float[Array, "*windows L S"]:
     """Tokens of each slot where each expert's tokens are dealt evenly over its replicas.
 
-    The result is float32: an expert's tokens need not be a multiple of its replicas. Takes numpy
-    counts of 64 bits too. Raises ValueError where the last two axes of `load` do not fit the table.
+    The result is float32: an expert's tokens need not be a multiple of its replicas. Slots that
+    hold the id E are empty. Takes numpy counts of 64 bits too. Raises ValueError where the last two
+    axes of `load` do not fit the table.
 
     >>> even_split(jnp.array([[6, 1, 2]]), jnp.array([[0, 1, 2, 0]]), 3).tolist()
     [[3.0, 1.0, 2.0, 3.0]]
@@ -64,6 +65,32 @@ def count_replicas(slot_to_expert: Int[Array, "L S"], num_experts: int) -> Int[A
     return jax.vmap(lambda row: jnp.zeros(num_experts, jnp.int32).at[row].add(1))(slot_to_expert)
 
 
+def slowness_of(capacity: Float[Array, "P"] | None, num_ranks: int) -> Float[Array, "P 1"]:
+    """1 / capacity, 0 for a rank that holds nothing; ones without a capacity.
+
+    Scaled so that the ranks' capacities add up to P: a height is then what a rank of average speed
+    would need the same time for.
+
+    >>> slowness_of(jnp.array([1.0, 1.0, 2.0, 0.0]), 4).ravel().tolist()
+    [1.0, 1.0, 0.5, 0.0]
+    """
+    if capacity is None:
+        return jnp.ones((num_ranks, 1), jnp.float32)
+    capacity = jnp.asarray(capacity, jnp.float32)
+    live = capacity > 0
+    scaled = capacity * (num_ranks / jnp.maximum(capacity.sum(), 1e-30))
+    return jnp.where(live, 1 / jnp.where(live, scaled, 1.0), 0.0)[:, None]
+
+
+def exact_matmul(one: Float[Array, "L A B"], other: Float[Array, "L B W"]) -> Float[Array, "L A W"]:
+    """In full float32 on a GPU too, where the default may be TF32.
+
+    >>> exact_matmul(jnp.ones((1, 1, 2)), jnp.ones((1, 2, 1))).tolist()
+    [[[2.0]]]
+    """
+    return jnp.matmul(one, other, precision="highest")
+
+
 def _check_shape(load, slot_to_expert, num_experts: int) -> None:
     expected = (slot_to_expert.shape[0], num_experts)
     if load.shape[-2:] != expected:
@@ -79,8 +106,12 @@ def _even_split(
 ) -> Float[Array, "*windows L S"]:
     count = jnp.maximum(count_replicas(slot_to_expert, load.shape[-1]), 1)
     share = load / jnp.broadcast_to(count.astype(jnp.float32), load.shape)
-    pick = jax.vmap(lambda share, slots: share[..., slots], in_axes=(-2, 0), out_axes=-2)
-    return pick(share, slot_to_expert)
+
+    def pick(share, slots):
+        # The id E is an empty slot's.
+        return share.at[..., slots].get(mode="fill", fill_value=0.0)
+
+    return jax.vmap(pick, in_axes=(-2, 0), out_axes=-2)(share, slot_to_expert)
 
 
 def balanced_split(
@@ -140,7 +171,6 @@ def _balanced_split(
     live = jnp.repeat(capacity > 0, num_slots // num_ranks)[None]
     slot_to_expert = jnp.where(live, slot_to_expert, num_experts)
     tokens = _even_split(load, slot_to_expert)
-    tokens = jnp.where(jnp.broadcast_to(slot_to_expert < num_experts, tokens.shape), tokens, 0.0)
     if num_slots == num_experts or num_ranks == 1:
         return tokens
     # Windows last: long inner loops, and whole rows to gather.
@@ -148,8 +178,7 @@ def _balanced_split(
     # Tokens of the mean rank, so that no step is lost to rounding; 1 where there are none.
     total = tokens.sum(axis=1, keepdims=True)
     unit = jnp.where(total > 0, total / num_ranks, 1.0)
-    slowness = jnp.where(capacity > 0, 1 / jnp.where(capacity > 0, capacity, 1.0), 0.0)
-    slowness = slowness * capacity.sum() / num_ranks
+    slowness = slowness_of(capacity, num_ranks)[:, 0]
     tokens = _level_out(tokens / unit, slot_to_expert, slowness, num_experts, num_steps) * unit
     return jnp.moveaxis(tokens, -1, 0).reshape(*load.shape[:-1], num_slots)
 
@@ -172,9 +201,9 @@ def _level_out(
     rank = few.slot // (num_slots // num_ranks)
     here = jax.vmap(lambda table, ids: table[ids])
     start = here(tokens, few.slot) * few.used
-    total = _matmul(few.by_expert, start)  # tokens of each replicated expert
+    total = exact_matmul(few.by_expert, start)  # tokens of each replicated expert
     whole = sum_by_rank(jnp.swapaxes(tokens, 1, 2), num_ranks)
-    fixed = jnp.swapaxes(whole, 1, 2) - _matmul(few.by_rank, start)
+    fixed = jnp.swapaxes(whole, 1, 2) - exact_matmul(few.by_rank, start)
     # What one more token in every replicated slot of the rank would add to its height: a step that
     # is divided by the largest of these over the ranks of an expert cannot overshoot.
     crowd = (few.by_rank.sum(axis=-1) * slowness[None])[..., None]
@@ -183,20 +212,20 @@ def _level_out(
     stiff = jnp.maximum(here(stiff, few.expert), 1e-6)  # [L, J, 1]
 
     def height_of(some):
-        return (fixed + _matmul(few.by_rank, some)) * slowness[None, :, None]
+        return (fixed + exact_matmul(few.by_rank, some)) * slowness[None, :, None]
 
     def nearest(wish):
         """Tokens nearest to the wish that are not negative and add up, for each expert."""
         # Newton steps from above to what each slot of an expert gives up: exact after very few.
         inside, some = few.used, wish
         for _ in range(3):
-            excess = _matmul(few.by_expert, inside * wish) - total
+            excess = exact_matmul(few.by_expert, inside * wish) - total
             some = wish - here(
-                excess / jnp.maximum(_matmul(few.by_expert, inside), 1.0), few.expert
+                excess / jnp.maximum(exact_matmul(few.by_expert, inside), 1.0), few.expert
             )
             inside = jnp.where(some > 0, few.used, 0.0)
         some = jnp.maximum(some, 0.0) * few.used
-        amount = _matmul(few.by_expert, some)
+        amount = exact_matmul(few.by_expert, some)
         # A few tokens may be lost to rounding among very many.
         scale = jnp.where(amount > 0, total / jnp.where(amount > 0, amount, 1.0), 0.0)
         return jnp.where(here(amount, few.expert) > 0, some * here(scale, few.expert), start)
@@ -249,7 +278,3 @@ def _gather_replicas(
         mask.astype(jnp.float32) for mask in (used[..., None], by_expert, by_rank)
     )
     return _Replicas(slot, expert, used, by_expert, by_rank)
-
-
-def _matmul(one: Float[Array, "L A B"], other: Float[Array, "L B W"]) -> Float[Array, "L A W"]:
-    return jnp.matmul(one, other, precision="highest")

@@ -36,13 +36,13 @@ def validated(path, num_experts, num_ranks, layers=LAYERS):
 
 
 def imbalance(table, counts, num_ranks):
-    """[L], of the sum over all iterations, each expert's tokens dealt evenly over its slots."""
+    """[L], the mean over iterations, each expert's tokens dealt evenly over its slots."""
     ratios = []
-    for row, load in zip(table.tolist(), counts.sum(axis=0), strict=True):
-        tokens = np.zeros(num_ranks)
+    for row, windows in zip(table.tolist(), counts.swapaxes(0, 1), strict=True):
+        tokens = np.zeros((len(windows), num_ranks))
         for slot, expert in enumerate(row):
-            tokens[slot * num_ranks // len(row)] += load[expert] / row.count(expert)
-        ratios.append(tokens.max() / tokens.mean() - 1)
+            tokens[:, slot * num_ranks // len(row)] += windows[:, expert] / row.count(expert)
+        ratios.append((tokens.max(axis=1) / tokens.mean(axis=1) - 1).mean())
     return ratios
 
 

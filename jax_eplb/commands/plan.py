@@ -16,7 +16,7 @@ from jax_eplb.planner import Plan, plan
 def run(arguments: argparse.Namespace) -> None:
     recording = read_recording(arguments)
     num_slots = arguments.num_slots or recording.num_experts
-    limits = arguments.max_moves or [None]
+    limits: list[int | None] = arguments.max_moves or [None]
     plans = _plans(arguments, recording, num_slots, limits)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     save_placement(
@@ -79,7 +79,8 @@ def _plans(
         raise ValueError("--max-moves needs --previous, the load balancer file in force")
     counts = recording.expert_counts()
     plans = []
-    with progress_bars() as bars:
+    # A single quick plan needs none.
+    with progress_bars(shown=len(limits) > 1 or arguments.effort == "best") as bars:
         for limit in bars.track(limits, description="planning"):
             one = plan(counts, num_slots, arguments.ep_size, max_moves=limit, **options)
             one.imbalance.block_until_ready()

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jax_eplb.planner.changes import Limits
+from jax_eplb.planner.changes import NO_LIMITS, Limits
 from jax_eplb.planner.prices import promising_changes
-from jax_eplb.planner.speed import slowness_of
+from jax_eplb.split import exact_matmul, slowness_of
 
 _MOST_SCENARIOS = 64
 _PRICED_SCENARIOS = 16
@@ -26,7 +26,6 @@ _LEAST_GAIN = 1e-5
 _SPREAD = 0.1
 _STRIDE = 3.2
 _TINY = 1e-30
-_NO_LIMITS = Limits()
 
 
 class _Search(NamedTuple):
@@ -44,7 +43,7 @@ def refine_balanced(
     *,
     num_ranks: int,
     max_rounds: int | Int[Array, ""],
-    limits: Limits = _NO_LIMITS,
+    limits: Limits = NO_LIMITS,
 ) -> Int[Array, "L S"]:
     """Swap and replace slots so that the mean over scenarios of the fullest rank's load falls.
 
@@ -72,7 +71,7 @@ def refine_balanced(
     holds = jnp.zeros((num_layers, num_experts + 1, num_ranks), jnp.float32)
     holds = holds.at[layers, slot_to_expert, rank].set(1.0).at[:, num_experts].set(0.0)
     single = holds * (holds.sum(axis=2, keepdims=True) == 1).astype(jnp.float32)
-    fixed = _matmul(jnp.swapaxes(single, 1, 2), load)
+    fixed = exact_matmul(jnp.swapaxes(single, 1, 2), load)
     height, value = _divide(holds, load, fixed, slowness, most, _STEPS)
     search = _Search(slot_to_expert, holds, fixed, height, value)
 
@@ -169,14 +168,14 @@ def _divide(holds, load, fixed, slowness, most: int, num_steps: int):
     by_rank = jnp.swapaxes(table, 1, 2)
     live = (slowness > 0)[None]
     slow = slowness[None]
-    most_shared = (_matmul(by_rank, tokens) * slow).max(axis=1, keepdims=True)
+    most_shared = (exact_matmul(by_rank, tokens) * slow).max(axis=1, keepdims=True)
     stride = _STRIDE / jnp.maximum(most_shared, 1e-6)
 
     def step(_, state):
         bias, ahead, pace, best, lowest = state
         part = jnp.exp(-jnp.minimum(ahead - ahead.min(axis=1, keepdims=True), 60.0))
-        each = tokens / jnp.maximum(_matmul(table, part), _TINY)
-        height = (fixed + part * _matmul(by_rank, each)) * slow
+        each = tokens / jnp.maximum(exact_matmul(table, part), _TINY)
+        height = (fixed + part * exact_matmul(by_rank, each)) * slow
         value = _value(height, live)
         best = jnp.where(value < lowest, height, best)
         push = jnp.where(live, height - 1, 0.0)
@@ -192,10 +191,6 @@ def _divide(holds, load, fixed, slowness, most: int, num_steps: int):
     state = (even, even, one, fixed, one * jnp.inf)
     _, _, _, best, lowest = jax.lax.fori_loop(0, num_steps, step, state)
     return best, lowest.mean(axis=(1, 2))
-
-
-def _matmul(one: Float[Array, "L A B"], other: Float[Array, "L B W"]) -> Float[Array, "L A W"]:
-    return jnp.matmul(one, other, precision="highest")
 
 
 def _value(height, live):

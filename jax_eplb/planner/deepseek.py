@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jax_eplb.placement import check_sizes
+from jax_eplb.planner.inputs import check_topology
 
 
 @functools.partial(jax.jit, static_argnames=("num_slots", "num_ranks", "num_nodes", "num_groups"))
@@ -61,21 +62,9 @@ def _usable_groups(
     num_experts: int, num_ranks: int, num_nodes: int, num_groups: int
 ) -> tuple[int, int]:
     """Nodes and groups to plan with: one of each where the groups do not divide evenly."""
-    for name, value in (("nodes", num_nodes), ("groups", num_groups)):
-        if value < 1:
-            raise ValueError(f"the number of {name} is {value}; it must be at least 1")
-    if num_groups % num_nodes:
+    if num_nodes > 0 and num_groups > 0 and num_groups % num_nodes:
         return 1, 1
-    if num_experts % num_groups:
-        raise ValueError(
-            f"{num_experts} experts cannot be divided into {num_groups} groups; "
-            "give the model's own number of groups, or 1 group and 1 node"
-        )
-    if num_ranks % num_nodes:
-        raise ValueError(
-            f"{num_ranks} ranks cannot be divided among {num_nodes} nodes; "
-            f"use a multiple of {num_nodes} ranks, or 1 node"
-        )
+    check_topology(num_experts, num_ranks, num_nodes, num_groups, spread_replicas=False)
     return num_nodes, num_groups
 
 

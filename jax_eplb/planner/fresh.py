@@ -1,9 +1,10 @@
-"""Fresh: a placement from load alone; the best of several ways to replicate, each packed and refined.
+"""Fresh: a placement from load alone, the best of several ways to replicate.
 
 Axes: W windows, L layers, E experts, S slots, P ranks, N = S / P slots of a rank.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,135 +23,130 @@ from jax_eplb.planner.score import even_heights
 from jax_eplb.planner.windows import refine_windows
 
 
-def fresh_even(
-    load: Float[Array, "L E"],
-    *,
-    num_slots: int,
-    num_ranks: int,
-    effort: Effort,
-    capacity: Float[Array, "P"] | None = None,
-    least: int = 1,
-) -> Int[Array, "L S"]:
+class Room(NamedTuple):
+    """What there is to fill."""
+
+    num_slots: int
+    num_ranks: int
+    capacity: Float[Array, "P"] | None
+    least: int  # replicas of every expert
+
+
+def fresh_even(load: Float[Array, "L E"], room: Room, effort: Effort) -> Int[Array, "L S"]:
     """For one load under the even split."""
-    num_experts = load.shape[1]
-    bound = max_replicas(num_experts, num_slots, num_ranks)
-    live = _live(capacity, num_slots, num_ranks)
-    limits = Limits(capacity)
-    pairs = num_slots <= 2 * num_ranks
-    # Where a rank has but two slots the largest replica rules, and offset 0 makes it smallest.
-    ways = ((0.0, 0.0),) if pairs else effort.ways
+    spare = room.num_slots - room.least * load.shape[1]
+    ways = effort.ways
+    if room.num_slots <= 2 * room.num_ranks and (0.0, 0.0) not in ways:
+        # With few slots a rank the largest replica rules, and offset 0 makes it smallest.
+        ways = ((0.0, 0.0), *ways)
     offsets = jnp.array([offset for offset, _ in ways], jnp.float32)
-    held_back = [math.ceil(part * (num_slots - least * num_experts)) for _, part in ways]
+    held_back = jnp.array([math.ceil(part * spare) for _, part in ways], jnp.int32)
 
-    def candidate(way):
-        count = replicate(load, num_slots, bound, *way, live=live, least=least)
-        if pairs and capacity is None and num_slots == 2 * num_ranks:
-            tries = max(1, min(effort.pair_tries, effort.pair_tries * 320 // num_slots))
-            count = improve_pairs(
-                load, count, num_slots=num_slots, max_replicas=bound, num_tries=tries, least=least
-            )
-        slots = pack(load, count, num_slots=num_slots, num_ranks=num_ranks, capacity=capacity)
-        if effort.swap_rounds:
-            slots = refine(
-                slots, load, num_ranks=num_ranks, max_rounds=effort.swap_rounds, limits=limits
-            )
-        return slots if effort.swap_rounds else change(slots)
-
-    def change(slots):
+    def improve(slots, max_rounds, replace):
         return refine(
             slots,
             load,
-            num_ranks=num_ranks,
-            max_rounds=effort.change_rounds,
-            replace=least == 1,
-            limits=limits,
+            num_ranks=room.num_ranks,
+            max_rounds=max_rounds,
+            replace=replace and room.least == 1,
+            limits=Limits(room.capacity),
         )
 
+    def pack_and_improve(count):
+        slots = _pack(load, count, room)
+        if effort.swap_rounds:
+            return improve(slots, effort.swap_rounds, replace=False)
+        return improve(slots, effort.change_rounds, replace=True)
+
     # In turn, so that a candidate's tables stay in the processor's cache.
-    candidates = jax.lax.map(candidate, (offsets, jnp.array(held_back, jnp.int32)))
-    heights = jax.vmap(lambda slots: even_heights(load, slots, num_ranks, capacity))(candidates)
-    slots = _best_of(candidates, heights.max(axis=-1))
-    return change(slots) if effort.swap_rounds and effort.change_rounds else slots
+    candidates = jax.lax.map(
+        lambda way: pack_and_improve(_replicate(load, room, *way)), (offsets, held_back)
+    )
+    if room.num_slots == 2 * room.num_ranks and room.capacity is None:
+        slots = pack_and_improve(_count_pairs(load, room, effort))
+        candidates = jnp.concatenate([candidates, slots[None]])
+
+    def height_of(slots):
+        return even_heights(load, slots, room.num_ranks, room.capacity).max(axis=-1)
+
+    slots = _best_of(candidates, jax.vmap(height_of)(candidates))
+    if effort.swap_rounds and effort.change_rounds:
+        slots = improve(slots, effort.change_rounds, replace=True)
+    return slots
 
 
-def fresh_windows(
-    windows: Float[Array, "W L E"],
-    *,
-    num_slots: int,
-    num_ranks: int,
-    effort: Effort,
-    capacity: Float[Array, "P"] | None = None,
-    least: int = 1,
-) -> Int[Array, "L S"]:
+def fresh_windows(windows: Float[Array, "W L E"], room: Room, effort: Effort) -> Int[Array, "L S"]:
     """For the mean over iterations of the fullest rank's load, under the even split."""
     scenarios = draw_scenarios(windows, num_scenarios=enough_scenarios(len(windows)))
-    bound = max_replicas(windows.shape[2], num_slots, num_ranks)
-    live = _live(capacity, num_slots, num_ranks)
     mean = scenarios.mean(axis=0)
 
-    def candidate(power):
-        count = replicate(power_mean(scenarios, power), num_slots, bound, live=live, least=least)
-        slots = pack(mean, count, num_slots=num_slots, num_ranks=num_ranks, capacity=capacity)
+    def of_power(power):
+        slots = _pack(mean, _replicate(power_mean(scenarios, power), room), room)
         slots = refine_windows(
             slots,
             scenarios,
-            num_ranks=num_ranks,
+            num_ranks=room.num_ranks,
             max_rounds=effort.window_rounds,
-            limits=Limits(capacity),
+            limits=Limits(room.capacity),
         )
-        heights = even_heights(scenarios, slots, num_ranks, capacity)  # [W, L, P]
+        heights = even_heights(scenarios, slots, room.num_ranks, room.capacity)  # [W, L, P]
         return slots, heights.max(axis=-1).mean(axis=0)
 
-    candidates, heights = jax.lax.map(candidate, jnp.array(effort.powers, jnp.float32))
-    return _best_of(candidates, heights)
+    return _best_of(*jax.lax.map(of_power, jnp.array(effort.powers, jnp.float32)))
 
 
-def fresh_balanced(
-    windows: Float[Array, "W L E"],
-    *,
-    num_slots: int,
-    num_ranks: int,
-    effort: Effort,
-    capacity: Float[Array, "P"] | None = None,
-    least: int = 1,
-) -> Int[Array, "L S"]:
+def fresh_balanced(windows: Float[Array, "W L E"], room: Room, effort: Effort) -> Int[Array, "L S"]:
     """For the mean over iterations of the fullest rank's load, under the balanced split."""
     scenarios = draw_scenarios(windows, num_scenarios=enough_scenarios(len(windows)), noise=0.15)
-    bound = max_replicas(windows.shape[2], num_slots, num_ranks)
-    live = _live(capacity, num_slots, num_ranks)
     mean = scenarios.mean(axis=0)
-    count = replicate(mean, num_slots, bound, -0.5, live=live, least=least)
-    slots = pack(mean, count, num_slots=num_slots, num_ranks=num_ranks, capacity=capacity)
     return refine_balanced(
-        slots,
+        _pack(mean, _replicate(mean, room, -0.5), room),
         scenarios,
-        num_ranks=num_ranks,
+        num_ranks=room.num_ranks,
         max_rounds=effort.balanced_rounds,
-        limits=Limits(capacity),
+        limits=Limits(room.capacity),
     )
 
 
-def every_expert_everywhere(
-    num_layers: int,
-    num_experts: int,
-    num_slots: int,
-    num_ranks: int,
-    capacity: Float[Array, "P"] | None,
-) -> Int[Array, "L S"]:
+def every_expert_everywhere(num_layers: int, num_experts: int, room: Room) -> Int[Array, "L S"]:
     """Ranks with room for all experts hold them all, and share every load equally."""
-    rank = jnp.arange(num_slots // num_ranks, dtype=jnp.int32) % num_experts
-    slots = jnp.tile(rank, (num_layers, num_ranks))
-    if capacity is None:
+    rank = jnp.arange(room.num_slots // room.num_ranks, dtype=jnp.int32) % num_experts
+    slots = jnp.tile(rank, (num_layers, room.num_ranks))
+    if room.capacity is None:
         return slots
-    return jnp.where(jnp.repeat(capacity > 0, len(rank))[None], slots, num_experts)
+    return jnp.where(jnp.repeat(room.capacity > 0, len(rank))[None], slots, num_experts)
 
 
-def _live(capacity: Float[Array, "P"] | None, num_slots: int, num_ranks: int):
-    """Slots that can hold something, and the ranks they are on; None if all can."""
-    if capacity is None:
-        return None
-    ranks = (capacity > 0).astype(jnp.int32).sum()
-    return ranks * (num_slots // num_ranks), ranks
+def _replicate(
+    load: Float[Array, "L E"],
+    room: Room,
+    offset: Float[Array, ""] | float = 0.0,
+    held_back: Int[Array, ""] | int = 0,
+) -> Int[Array, "L E"]:
+    live = None
+    if room.capacity is not None:
+        ranks = (room.capacity > 0).astype(jnp.int32).sum()
+        live = ranks * (room.num_slots // room.num_ranks), ranks
+    bound = max_replicas(load.shape[1], room.num_slots, room.num_ranks)
+    return replicate(load, room.num_slots, bound, offset, held_back, live, room.least)
+
+
+def _pack(load: Float[Array, "L E"], count: Int[Array, "L E"], room: Room) -> Int[Array, "L S"]:
+    return pack(
+        load, count, num_slots=room.num_slots, num_ranks=room.num_ranks, capacity=room.capacity
+    )
+
+
+def _count_pairs(load: Float[Array, "L E"], room: Room, effort: Effort) -> Int[Array, "L E"]:
+    """Replica counts where each rank has two slots; fewer are tried where there are many slots."""
+    return improve_pairs(
+        load,
+        _replicate(load, room),
+        num_slots=room.num_slots,
+        max_replicas=max_replicas(load.shape[1], room.num_slots, room.num_ranks),
+        num_tries=max(1, min(effort.pair_tries, effort.pair_tries * 320 // room.num_slots)),
+        least=room.least,
+    )
 
 
 def _best_of(

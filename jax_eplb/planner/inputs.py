@@ -36,7 +36,6 @@ def check_capacity(
     num_experts: int,
     num_slots: int,
     num_ranks: int,
-    num_nodes: int,
 ) -> Float[Array, "P"]:
     """Speeds of the ranks, checked unless traced."""
     values = jnp.asarray(capacity, jnp.float32)
@@ -58,12 +57,7 @@ def check_capacity(
 
 
 def check_topology(
-    num_experts: int,
-    num_slots: int,
-    num_ranks: int,
-    num_nodes: int,
-    num_groups: int,
-    spread_replicas: bool,
+    num_experts: int, num_ranks: int, num_nodes: int, num_groups: int, spread_replicas: bool
 ) -> None:
     for name, value in (("nodes", num_nodes), ("groups", num_groups)):
         if value < 1:
@@ -76,7 +70,7 @@ def check_topology(
     if num_experts % num_groups:
         raise ValueError(
             f"{num_experts} experts cannot be divided into {num_groups} groups; "
-            "give the model's own number of groups, or 1"
+            "give the model's own number of groups, or 1 group"
         )
     if num_groups > 1 and num_groups % num_nodes:
         raise ValueError(

@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_eplb.planner.speed import slowness_of
-from jax_eplb.split import sum_by_rank
+from jax_eplb.split import slowness_of, sum_by_rank
 
 # A load that a rank gets in comparisons only: to be chosen where nothing else is left.
 _LAST_RESORT = float(jnp.finfo(jnp.float32).max)
@@ -27,7 +26,7 @@ def pack(
     num_ranks: int,
     capacity: Float[Array, "P"] | None = None,
 ) -> Int[Array, "L S"]:
-    """Heaviest replica first, to the rank that it leaves emptiest, of those with room and without it.
+    """Heaviest replica first, to the rank it leaves emptiest, of those with room and without it.
 
     Counts must add up to S, none above P. Where near the end only ranks that already hold the
     expert have a free slot, it goes there for the moment, and `separate` swaps it away. Ties go to

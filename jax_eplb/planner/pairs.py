@@ -29,14 +29,15 @@ def improve_pairs(
 ) -> Int[Array, "L E"]:
     """Move replicas from expert to expert, at random, and keep what makes the tallest pairs lower.
 
-    No expert keeps fewer than `least`. The randomness is fixed: the same load gives the same counts everywhere.
+    No expert keeps fewer than `least`. The randomness is fixed: the same load gives the same counts
+    everywhere.
 
     >>> load, count = jnp.array([[8.0, 4, 4]]), jnp.array([[1, 2, 1]])
     >>> sizes = dict(num_slots=4, max_replicas=2, num_tries=20)
     >>> improve_pairs(load, count, **sizes).tolist()
     [[2, 1, 1]]
     """
-    num_layers, num_experts = load.shape
+    num_experts = load.shape[1]
     load = load.astype(jnp.float32)
     mean = jnp.maximum(2 * load.sum(axis=1, keepdims=True) / num_slots, 1e-30)
     ids = jnp.arange(num_experts, dtype=jnp.int32)[None]

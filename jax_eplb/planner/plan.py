@@ -6,7 +6,7 @@ Axes: W windows, L layers, E experts, S slots, P ranks, N = S / P slots of a ran
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,30 +16,15 @@ from jaxtyping import Array, Float, Int, Num
 
 from jax_eplb.placement import Placement, check_layer_ids, check_sizes
 from jax_eplb.planner.bound import lower_bound
-from jax_eplb.planner.changes import Limits
-from jax_eplb.planner.deepseek import deepseek_plan
 from jax_eplb.planner.effort import effort_of
-from jax_eplb.planner.fresh import (
-    every_expert_everywhere,
-    fresh_balanced,
-    fresh_even,
-    fresh_windows,
-)
+from jax_eplb.planner.from_load import from_load
+from jax_eplb.planner.from_previous import from_previous
 from jax_eplb.planner.inputs import MAX_LOAD, check_capacity, check_load, check_topology
-from jax_eplb.planner.refine import refine
-from jax_eplb.planner.replan import count_moves, keep_places, replan
+from jax_eplb.planner.replan import count_moves
 from jax_eplb.planner.score import score_balanced, score_even
-from jax_eplb.planner.topology import (
-    cross_node_share,
-    groups_to_nodes,
-    home_nodes,
-    nodes_in_force,
-    spread_over_nodes,
-)
+from jax_eplb.planner.sizes import Sizes
+from jax_eplb.planner.topology import cross_node_share
 from jax_eplb.split import even_split
-
-# What a placement in force must be worse by, in imbalance, before any weight is moved.
-_WORTH_MOVING = 0.01
 
 
 @jax.tree_util.register_dataclass
@@ -64,19 +49,6 @@ class Plan:
     def gap(self) -> Float[Array, "L"]:
         """The fullest rank is at most this part above that of the best placement there is."""
         return (self.imbalance - self.lower_bound) / (1 + self.lower_bound)
-
-
-class _Sizes(NamedTuple):
-    """All that is static."""
-
-    num_slots: int
-    num_ranks: int
-    split: str
-    effort: str
-    method: str
-    num_nodes: int
-    num_groups: int
-    spread: bool
 
 
 def plan(
@@ -137,7 +109,7 @@ def plan(
     check_sizes(num_experts, num_slots, num_ranks)
     ids = tuple(int(i) for i in (range(num_layers) if layer_ids is None else layer_ids))
     check_layer_ids(ids, num_layers)
-    check_topology(num_experts, num_slots, num_ranks, num_nodes, num_groups, spread_replicas)
+    check_topology(num_experts, num_ranks, num_nodes, num_groups, spread_replicas)
     if split not in ("even", "balanced"):
         raise ValueError(f"split {split!r} must be 'even' or 'balanced'")
     if method not in ("search", "deepseek"):
@@ -148,7 +120,7 @@ def plan(
     if not isinstance(load, Tracer):
         load = check_load(np.asarray(load), ids)
     if capacity is not None:
-        capacity = check_capacity(capacity, num_experts, num_slots, num_ranks, num_nodes)
+        capacity = check_capacity(capacity, num_experts, num_slots, num_ranks)
     table = None
     if previous is not None:
         table = previous.slot_to_expert if isinstance(previous, Placement) else previous
@@ -159,7 +131,7 @@ def plan(
             )
         table = jnp.asarray(table, jnp.int32)
     limit = None if max_moves is None else jnp.broadcast_to(jnp.asarray(max_moves), (num_layers,))
-    sizes = _Sizes(
+    sizes = Sizes(
         num_slots, num_ranks, split, effort, method, num_nodes, num_groups, spread_replicas
     )
     weight = None if cross_node_weight is None else jnp.float32(cross_node_weight)
@@ -172,7 +144,7 @@ def frontier(
     load: Num[Array, "*windows L E"] | np.ndarray,
     previous: Placement,
     max_moves: Sequence[int | None],
-    **options,
+    **options: Any,
 ) -> list[Plan]:
     """Plans from `previous` with each of several limits of moves; None is no limit.
 
@@ -183,7 +155,7 @@ def frontier(
     [[0.7142857313156128], [0.0]]
     """
     sizes = previous.num_slots, previous.num_ranks
-    options = {"layer_ids": previous.layer_ids} | options
+    options.setdefault("layer_ids", previous.layer_ids)
     return [plan(load, *sizes, previous=previous, max_moves=m, **options) for m in max_moves]
 
 
@@ -194,7 +166,7 @@ def _plan_layers(
     max_moves: Int[Array, "L"] | None,
     capacity: Float[Array, "P"] | None,
     cross_node_weight: Float[Array, ""] | None,
-    sizes: _Sizes,
+    sizes: Sizes,
 ):
     """The pure part of `plan`: slots, and the figures of `Plan` in their order.
 
@@ -210,12 +182,12 @@ def _plan_layers(
         return each(load, slots, sizes.num_ranks, capacity)
 
     if previous is None:
-        slots = _sort_within_ranks(_fresh(windows, capacity, cross_node_weight, sizes), sizes)
+        slots = _sort_within_ranks(from_load(windows, capacity, cross_node_weight, sizes), sizes)
+        expected = score(slots)
     else:
-        slots = _from_previous(
+        slots, expected = from_previous(
             windows, previous, max_moves, capacity, cross_node_weight, sizes, score
         )
-    expected = score(slots)
     bound = lower_bound(
         windows if len(windows) > 1 else windows[0],
         num_slots=sizes.num_slots,
@@ -237,175 +209,7 @@ def _plan_layers(
     return slots, expected, jnp.minimum(bound, expected), moves, cross
 
 
-def _fresh(windows, capacity, cross_node_weight, sizes: _Sizes) -> Int[Array, "L S"]:
-    """A placement from load alone, with the topology that is asked for."""
-    if sizes.method == "deepseek":
-        return deepseek_plan(
-            windows.sum(axis=0),
-            num_slots=sizes.num_slots,
-            num_ranks=sizes.num_ranks,
-            num_nodes=sizes.num_nodes,
-            num_groups=sizes.num_groups,
-        )
-    load = windows.sum(axis=0)
-    if sizes.num_groups == 1 or sizes.num_nodes == 1:
-        slots = _search(windows, capacity, sizes)
-    else:
-        slots = _with_groups(windows, capacity, cross_node_weight, sizes)
-    if sizes.spread:
-        slots = spread_over_nodes(
-            slots,
-            load,
-            num_ranks=sizes.num_ranks,
-            num_nodes=sizes.num_nodes,
-            capacity=capacity,
-        )
-        slots = refine(
-            slots,
-            load,
-            num_ranks=sizes.num_ranks,
-            max_rounds=sizes.num_slots,
-            limits=Limits(capacity),
-            num_nodes=sizes.num_nodes,
-            spread=True,
-        )
-    return slots
-
-
-def _search(windows, capacity, sizes: _Sizes) -> Int[Array, "L S"]:
-    """The search for the split, the effort and the number of windows."""
-    _, num_layers, num_experts = windows.shape
-    effort = effort_of(sizes.effort)
-    if sizes.num_slots // sizes.num_ranks >= num_experts:
-        return every_expert_everywhere(
-            num_layers, num_experts, sizes.num_slots, sizes.num_ranks, capacity
-        )
-    options = {
-        "num_slots": sizes.num_slots,
-        "num_ranks": sizes.num_ranks,
-        "effort": effort,
-        "capacity": capacity,
-        "least": 2 if sizes.spread and sizes.num_slots >= 2 * num_experts else 1,
-    }
-    if sizes.split == "balanced":
-        return fresh_balanced(windows, **options)
-    if len(windows) == 1 or not effort.powers:
-        return fresh_even(windows.sum(axis=0), **options)
-    return fresh_windows(windows, **options)
-
-
-def _with_groups(windows, capacity, cross_node_weight, sizes: _Sizes) -> Int[Array, "L S"]:
-    """Groups to nodes, then each node for itself; with a weight, swaps between nodes after that."""
-    load = windows.sum(axis=0)
-    order = groups_to_nodes(
-        load, num_groups=sizes.num_groups, num_nodes=sizes.num_nodes, capacity=capacity
-    )
-    on_node = sizes._replace(
-        num_slots=sizes.num_slots // sizes.num_nodes,
-        num_ranks=sizes.num_ranks // sizes.num_nodes,
-        num_nodes=1,
-        num_groups=1,
-    )
-    slots = _node_by_node(
-        lambda windows, capacity, _: _search(windows, capacity, on_node),
-        order,
-        windows,
-        capacity,
-        None,
-        sizes.num_nodes,
-    )
-    if cross_node_weight is None:
-        return slots
-    return refine(
-        slots,
-        load,
-        num_ranks=sizes.num_ranks,
-        max_rounds=sizes.num_slots,
-        limits=Limits(
-            capacity, home=home_nodes(order, sizes.num_nodes), cross_node_weight=cross_node_weight
-        ),
-        num_nodes=sizes.num_nodes,
-    )
-
-
-def _node_by_node(
-    plan_node, order: Int[Array, "L E"], windows, capacity, table, num_nodes: int
-) -> Int[Array, "L S"]:
-    """Plan each node as if it were all there is, its experts numbered from 0."""
-    num_windows, num_layers, num_experts = windows.shape
-    by_node = order.reshape(num_layers, num_nodes, -1).swapaxes(0, 1)  # [Q, L, E / Q]
-    per_node = num_experts // num_nodes
-    loads = jax.vmap(
-        lambda experts: jnp.take_along_axis(windows, experts[None], axis=2), out_axes=0
-    )(by_node)
-    speeds = None if capacity is None else capacity.reshape(num_nodes, -1)
-    tables = None
-    if table is not None:
-        layers = jnp.arange(num_layers)[:, None]
-        place = jnp.broadcast_to(jnp.arange(num_experts, dtype=jnp.int32), order.shape)
-        place = jnp.zeros_like(order).at[layers, order].set(place) % per_node
-        own = jnp.take_along_axis(place, table, axis=1, mode="fill", fill_value=per_node)
-        tables = own.reshape(num_layers, num_nodes, -1).swapaxes(0, 1)
-    slots = jax.vmap(plan_node)(loads, speeds, tables)  # [Q, L, S / Q]
-    experts = jnp.take_along_axis(by_node, slots, axis=2, mode="fill", fill_value=num_experts)
-    return experts.swapaxes(0, 1).reshape(num_layers, -1)
-
-
-def _from_previous(
-    windows, previous, max_moves, capacity, cross_node_weight, sizes: _Sizes, score
-) -> Int[Array, "L S"]:
-    """The placement in force with changes, or a fresh one where moves are not limited."""
-    num_layers, num_experts = windows.shape[1:]
-    effort = effort_of(sizes.effort)
-    rounds = max(effort.balanced_rounds if sizes.split == "balanced" else sizes.num_slots // 2, 16)
-    limit = jnp.full(num_layers, sizes.num_slots) if max_moves is None else max_moves
-    if not effort.powers:
-        windows = windows.sum(axis=0, keepdims=True)
-    on_nodes = sizes.num_groups > 1 and sizes.num_nodes > 1 and cross_node_weight is None
-    nodes = sizes.num_nodes if on_nodes else 1
-
-    def change(windows, capacity, table):
-        return replan(
-            windows,
-            table,
-            num_ranks=sizes.num_ranks // nodes,
-            max_moves=limit // nodes,
-            max_rounds=rounds,
-            split=sizes.split,
-            capacity=capacity,
-        )
-
-    if sizes.method == "deepseek" or sizes.num_slots // sizes.num_ranks >= num_experts:
-        slots = previous
-    elif on_nodes:
-        order = nodes_in_force(
-            previous,
-            num_experts=num_experts,
-            num_groups=sizes.num_groups,
-            num_nodes=sizes.num_nodes,
-        )
-        slots = _node_by_node(change, order, windows, capacity, previous, nodes)
-    else:
-        slots = change(windows, capacity, previous)
-    slots = keep_places(slots, previous, sizes.num_ranks)
-    before, after = score(previous), score(slots)
-    if max_moves is None:
-        fresh = keep_places(
-            _fresh(windows, capacity, cross_node_weight, sizes), previous, sizes.num_ranks
-        )
-        reached = score(fresh)
-        better = reached < after - _WORTH_MOVING
-        slots = jnp.where(better[:, None], fresh, slots)
-        after = jnp.where(better, reached, after)
-    # A placement that holds what it must, and is as good, stays.
-    live = jnp.ones(sizes.num_ranks, bool) if capacity is None else capacity > 0
-    live = jnp.repeat(live, sizes.num_slots // sizes.num_ranks)[None]
-    amiss = ((previous < num_experts) != live).any(axis=1)
-    worth = (before - after > _WORTH_MOVING) | amiss
-    return jnp.where(worth[:, None], slots, previous)
-
-
-def _sort_within_ranks(slots: Int[Array, "L S"], sizes: _Sizes) -> Int[Array, "L S"]:
+def _sort_within_ranks(slots: Int[Array, "L S"], sizes: Sizes) -> Int[Array, "L S"]:
     if sizes.method == "deepseek":
         return slots
     by_rank = slots.reshape(slots.shape[0], sizes.num_ranks, -1)

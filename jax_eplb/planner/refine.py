@@ -11,9 +11,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_eplb.planner.changes import Away, Limits, Slots, apply_change, best_change
-from jax_eplb.planner.speed import slowness_of
-from jax_eplb.split import count_replicas
+from jax_eplb.planner.best_change import best_change
+from jax_eplb.planner.changes import (
+    NO_LIMITS,
+    Away,
+    Limits,
+    Moves,
+    Slots,
+    apply_change,
+)
+from jax_eplb.split import count_replicas, slowness_of
 
 # A change must make the fullest rank emptier by more than float32 rounding could feign.
 LEAST_GAIN = 1e-6
@@ -33,7 +40,7 @@ def refine(
     num_ranks: int,
     max_rounds: int | Int[Array, ""],
     replace: bool = False,
-    limits: Limits = Limits(),
+    limits: Limits = NO_LIMITS,
     num_nodes: int = 1,
     spread: bool = False,
     least_gain: float | Float[Array, ""] = LEAST_GAIN,
@@ -65,23 +72,20 @@ def refine(
     load = load.T
     layers = jnp.arange(num_layers)[None, None]
     home = None if limits.home is None else limits.home.T
-    away_cost = None
-    if home is not None:
-        away_cost = limits.cross_node_weight / num_ranks
 
     def change_once(search: _Search) -> _Search:
         slots = search.slots
         height = slots.weights.sum(axis=1) * slowness  # [P, L]
         top = height.max(axis=0)
         fullest = jnp.where(height == top[None], ids, num_ranks).min(axis=0)
-        moves_left = None
-        if previous is not None:
+        moves = away = None
+        if previous is not None and limits.max_moves is not None:
             moved = (slots.experts != previous).astype(jnp.int32).sum(axis=(0, 1))
-            moves_left = limits.max_moves - moved
-        away = None
-        if home is not None:
+            moves = Moves(previous, limits.max_moves - moved)
+        if home is not None and limits.cross_node_weight is not None:
             of_slots = home.at[slots.experts, layers].get(mode="fill", fill_value=-1)
-            away = Away(of_slots, ids // (num_ranks // num_nodes), away_cost)
+            node = ids // (num_ranks // num_nodes)
+            away = Away(of_slots, node, limits.cross_node_weight / num_ranks)
         change = best_change(
             slots,
             load,
@@ -89,8 +93,7 @@ def refine(
             height,
             fullest,
             replace=replace,
-            previous=previous,
-            moves_left=moves_left,
+            moves=moves,
             away=away,
             spread_nodes=num_nodes if spread else 1,
         )

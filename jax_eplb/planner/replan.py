@@ -111,7 +111,7 @@ def repair(
     num_ranks: int,
     capacity: Float[Array, "P"],
 ) -> Int[Array, "L S"]:
-    """Empty the ranks that are gone, fill those that came back, and place the experts that are lost.
+    """Empty the ranks that are gone, fill those that came back, place the experts that are lost.
 
     A slot holding E is empty. A lost expert takes an empty slot or the place of the replica whose
     expert has most to spare; an empty slot gets a replica of the hottest expert not on that rank.
@@ -121,7 +121,7 @@ def repair(
     >>> repair(jnp.ones((1, 4)), table, num_ranks=3, capacity=gone).tolist()
     [[3, 1, 0, 2, 4, 4]]
     """
-    num_layers, num_experts = load.shape
+    num_experts = load.shape[1]
     num_slots = slot_to_expert.shape[1]
     per_rank = num_slots // num_ranks
     live = jnp.repeat(capacity > 0, per_rank)[None]

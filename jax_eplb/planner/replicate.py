@@ -49,9 +49,8 @@ def replicate(
             f"{num_slots} slots for {num_experts} experts of {least} to {bound} replicas; "
             f"use {num_experts * least} to {num_experts * bound} slots"
         )
-    if live is None:
-        live = num_slots, bound
-    spare, bound = live[0] - least * num_experts, jnp.minimum(live[1], bound)
+    slots, ranks = (num_slots, bound) if live is None else live
+    spare, bound = slots - least * num_experts, jnp.minimum(ranks, bound)
     load = load.astype(jnp.float32).T  # [E, L]
     ids = jnp.arange(num_experts, dtype=jnp.int32)[:, None]
 

@@ -6,8 +6,7 @@ Axes: W windows, L layers, E experts, S slots, P ranks; `...` windows or nothing
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jax_eplb.planner.speed import slowness_of
-from jax_eplb.split import balanced_split, even_split, sum_by_rank
+from jax_eplb.split import balanced_split, even_split, slowness_of, sum_by_rank
 
 
 def even_heights(

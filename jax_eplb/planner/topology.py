@@ -1,6 +1,6 @@
 """Topology: groups of experts that belong on one node, and replicas that belong on several.
 
-Axes: W windows, L layers, E experts, G groups, Q nodes, S slots, P ranks, N = S / P slots of a rank.
+Axes: L layers, E experts, G groups, Q nodes, S slots, P ranks, N = S / P slots of a rank.
 Rank r is on node r // (P / Q).
 """
 
@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_eplb.planner.changes import Limits
 from jax_eplb.planner.pack import pack
 from jax_eplb.planner.refine import refine
-from jax_eplb.planner.speed import slowness_of
+from jax_eplb.split import slowness_of
 
 
 def groups_to_nodes(
@@ -73,8 +73,8 @@ def cross_node_share(
 
     >>> sizes = dict(num_experts=4, num_groups=2, num_nodes=2)
     >>> table = jnp.array([[0, 2, 1, 3]])
-    >>> cross_node_share(jnp.array([[4.0, 4.0, 2.0, 2.0]]), table, **sizes).tolist()
-    [0.3333333432674408]
+    >>> cross_node_share(jnp.array([[4.0, 2.0, 1.0, 1.0]]), table, **sizes).tolist()
+    [0.25]
     """
     num_layers, num_slots = slot_to_expert.shape
     # A slot that holds nothing has no tokens either.
@@ -137,10 +137,8 @@ def spread_over_nodes(
         height = jnp.zeros(num_ranks).at[rank].add(weight)
         # The swap of slot s, one of the expert's, with slot t.
         experts = slots.reshape(num_ranks, per_rank)
-        holds = (experts[:, :, None] == slots[None, None]).any(
-            axis=1
-        )  # [P, S]: rank, slot's expert
-        fits = ~holds[rank][:, :] & ~holds[rank].T  # [S, S]: t's expert not on s's rank, and back
+        holds = (experts[:, :, None] == slots[None, None]).any(axis=1)  # [P, S], the slot's expert
+        fits = ~holds[rank] & ~holds[rank].T  # [S, S]: t's expert not on s's rank, and back
         there = count.at[:, slots].get(mode="fill", fill_value=0)  # [Q, S]
         others = total.at[slots].get(mode="fill", fill_value=0) - 1
         # t's expert, once moved to the node of s, must not have all of its replicas there.

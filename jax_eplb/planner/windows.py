@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_eplb.planner.changes import Limits
-from jax_eplb.planner.speed import slowness_of
-from jax_eplb.split import count_replicas
+from jax_eplb.planner.changes import NO_LIMITS, Limits
+from jax_eplb.split import count_replicas, slowness_of
 
 # How far below the fullest rank of a scenario another one still counts, as a part of the mean.
 _TEMPERATURE = 0.05
@@ -35,7 +34,7 @@ def refine_windows(
     *,
     num_ranks: int,
     max_rounds: int | Int[Array, ""],
-    limits: Limits = Limits(),
+    limits: Limits = NO_LIMITS,
 ) -> Int[Array, "L S"]:
     """Swap slots so that the mean over scenarios of the fullest rank's load falls.
 
@@ -49,8 +48,7 @@ def refine_windows(
     >>> refine_windows(jnp.array([[0, 1, 2, 3]]), scenarios, num_ranks=2, max_rounds=8).tolist()
     [[2, 1, 0, 3]]
     """
-    num_scenarios, num_layers, num_experts = scenarios.shape
-    num_slots = slot_to_expert.shape[1]
+    _, num_layers, num_experts = scenarios.shape
     experts = slot_to_expert.T
     count = jnp.maximum(count_replicas(slot_to_expert, num_experts), 1).astype(jnp.float32)
     share = num_ranks * scenarios / count[None]
