@@ -118,19 +118,24 @@ def _named(text: str, option: str) -> tuple[str, str]:
 class Peers(contextlib.AbstractContextManager):
     """Run peers. A process starts on entry, serves all calls, and again after it has died.
 
-    `threads` limits those of torch and of the libraries under it; all cores if left out.
+    `threads` limits those of torch and of the libraries under it; all cores if left out. An access
+    out of bounds (FlashLB has some) is an error instead of a random plan, unless `check_bounds` is
+    off: checks cost numba time.
     """
 
-    def __init__(self, peers: Iterable[Peer], threads: int | None = None):
+    def __init__(
+        self, peers: Iterable[Peer], threads: int | None = None, *, check_bounds: bool = True
+    ):
         self._peers = list(peers)
         self._threads = threads
+        self._check_bounds = check_bounds
         self._processes: dict[Peer, _Process] = {}
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="peers-")))
             for peer in self._peers:
-                process = _Process(peer, folder, self._threads)
+                process = _Process(peer, folder, self._threads, self._check_bounds)
                 stack.callback(process.stop)
                 process.start()
                 self._processes[peer] = process
@@ -214,17 +219,17 @@ class _NoReply(Exception):
 
 
 class _Process:
-    def __init__(self, peer: Peer, folder: Path, threads: int | None):
+    def __init__(self, peer: Peer, folder: Path, threads: int | None, check_bounds: bool):
         self._peer = peer
         self._log = folder / f"{peer.kind}.log"
         self._threads = threads
+        self._check_bounds = check_bounds
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> subprocess.Popen[str]:
         peer, environment = self._peer, dict(os.environ)
         command = [peer.python, peer_process.__file__, peer.kind, str(peer.path)]
-        # An access out of bounds (FlashLB has some) becomes an error instead of a random plan.
-        environment["NUMBA_BOUNDSCHECK"] = "1"
+        environment["NUMBA_BOUNDSCHECK"] = str(int(self._check_bounds))
         environment["NUMBA_CACHE_DIR"] = str(self._log.parent)
         if self._threads:
             for library in ("OMP", "MKL", "OPENBLAS", "NUMBA"):

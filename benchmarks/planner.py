@@ -1,104 +1,167 @@
-"""Time of one plan, and the imbalance it leaves, beside the plain greedy in NumPy.
+"""The planner's benchmark: imbalance, times, moves, memory, beside the planners of other engines.
 
-    python -m benchmarks.planner [--experts 256 --slots 288 --ranks 36 --layers 58] [--json]
+    python -m benchmarks.planner [--only SECTION,SECTION] [--json | --markdown]
+        [--peer NAME=FILE ...] [--peer-python PYTHON] [--recordings FILE.npz ...]
+        [--figure FILE.png] [--repeats N]
 
-The loads: lognormal(0, sigma), or arange(1, E + 1)^-1.2 times lognormal(0, 0.1) in random order,
-scaled to 262,144 tokens a layer and rounded; planned and scored on the same load, even split.
-Both are scored by the same code, on the host. Times are of warm calls; the first one compiles.
+Sections, all of them unless --only names some:
+
+    one-load   one load, even split: imbalance, lower bound, who is better how often
+    times      warm times of one plan
+    windows    recordings, even split: planned on some windows, scored on others
+    balanced   recordings, balanced split: held out, and re-planned window by window
+    moves      what few moves from the placement in force bring
+    topology   groups on nodes, replicas spread over nodes, ranks of unequal speed
+    bounds     the lower bound and its time, for larger sizes too
+    scale      time and memory against layers, slots and ranks (--figure draws them)
+    devices    the same plans on the CPU and on the default device
+
+Figures are means over layers, scored in float64 on the host. `tables.Table` holds what is printed.
 """
 
 import argparse
-import functools
+import contextlib
 import json
-import time
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-import jax
-import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from jax_eplb.planner import plan
-from tests.greedy_reference import greedy_plan, imbalance_of
+from benchmarks import machine
+from benchmarks.balanced import balanced
+from benchmarks.bounds import bounds
+from benchmarks.devices import devices
+from benchmarks.held_out import held_out
+from benchmarks.moving import moving
+from benchmarks.one_load import one_load
+from benchmarks.peers import PeerError, Peers, add_peer_arguments, parse_peers
+from benchmarks.recording_files import RecordingError, read_recordings
+from benchmarks.scaling import scaling
+from benchmarks.setting import Setting
+from benchmarks.tables import Table
+from benchmarks.times import times
+from benchmarks.topology import topology
+from jax_eplb.commands.progress import progress_bars
 
-KINDS = ("sigma 0.5", "sigma 1", "sigma 1.5", "sigma 2", "zipf")
-_SEED = 20261124
-_TOKENS = 262_144
+SECTIONS: dict[str, Callable[[Setting], list[Table]]] = {
+    "one-load": one_load,
+    "times": times,
+    "windows": held_out,
+    "balanced": balanced,
+    "moves": moving,
+    "topology": topology,
+    "bounds": bounds,
+    "scale": scaling,
+    "devices": devices,
+}
 
-
-def draw_load(kind: str, num_layers: int, num_experts: int) -> np.ndarray:
-    """Seeded loads of one kind, float64[L, E], whole numbers."""
-    generator = np.random.default_rng([KINDS.index(kind), num_experts, _SEED])
-    shape = (num_layers, num_experts)
-    if kind == "zipf":
-        heavy = np.arange(1, num_experts + 1) ** -1.2
-        load = generator.permuted(heavy * generator.lognormal(0, 0.1, shape), axis=1)
-    else:
-        load = generator.lognormal(0, float(kind.split()[1]), shape)
-    return np.rint(load / load.sum(axis=1, keepdims=True) * _TOKENS)
-
-
-def time_warm(call: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Median and least time of one call, in ms, after a first call that does not count."""
-    call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(1e3 * (time.perf_counter() - start))
-    return float(np.median(times)), min(times)
-
-
-def measure(kind: str, sizes: argparse.Namespace) -> dict[str, float | str]:
-    """One row: mean imbalance over layers and times of both planners."""
-    load = draw_load(kind, sizes.layers, sizes.experts)
-    ours = functools.partial(plan, load, num_slots=sizes.slots, num_ranks=sizes.ranks)
-    greedy = functools.partial(greedy_plan, load, sizes.slots, sizes.ranks)
-    result = ours()
-    slots = np.asarray(result.placement.slot_to_expert)
-    ours_ms, ours_least = time_warm(lambda: jax.block_until_ready(ours()), sizes.repeats)
-    greedy_ms, greedy_least = time_warm(greedy, sizes.repeats)
-    return {
-        "load": kind,
-        "imbalance": float(imbalance_of(load, slots, sizes.ranks).mean()),
-        "imbalance_greedy": float(imbalance_of(load, greedy(), sizes.ranks).mean()),
-        "lower_bound": float(np.asarray(result.lower_bound).mean()),
-        "median_ms": ours_ms,
-        "least_ms": ours_least,
-        "greedy_median_ms": greedy_ms,
-        "greedy_least_ms": greedy_least,
-    }
+_FILE_WIDTH = 200  # where no terminal says how wide a table may be
 
 
-def print_table(rows: list[dict], sizes: argparse.Namespace) -> None:
-    title = (
-        f"{sizes.layers} layers, {sizes.experts} experts, {sizes.slots} slots, {sizes.ranks} ranks"
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the sections asked for; 2 where an option cannot be followed."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    if given.repeats < 1:
+        parser.error(f"--repeats {given.repeats}: write 1 or more")
+    if given.figure and "scale" not in given.only:
+        parser.error("--figure shows the section scale: add it to --only")
+    try:
+        opponents = parse_peers(given.peer, given.peer_python)
+        recordings, notes = read_recordings(given.recordings)
+        with contextlib.ExitStack() as stack:
+            peers = None
+            if opponents:
+                peers = stack.enter_context(Peers(opponents, given.peer_threads))
+            bars = stack.enter_context(progress_bars())
+            setting = Setting(
+                opponents=opponents,
+                peers=peers,
+                peer_threads=given.peer_threads,
+                recordings=recordings,
+                repeats=given.repeats,
+                figure=given.figure,
+                progress=bars,
+            )
+            _run(given, setting, notes)
+    except (PeerError, RecordingError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.planner",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    table = Table(title=title)
-    for column in ("load", "imbalance", "greedy", "lower bound", "ms", "greedy ms"):
-        table.add_column(column, justify="left" if column == "load" else "right")
-    for row in rows:
-        table.add_row(
-            row["load"],
-            *(f"{row[key]:.5f}" for key in ("imbalance", "imbalance_greedy", "lower_bound")),
-            *(f"{row[key]:.1f}" for key in ("median_ms", "greedy_median_ms")),
+    add_peer_arguments(parser)
+    parser.add_argument(
+        "--peer-threads",
+        type=int,
+        default=1,
+        metavar="N",
+        help="threads of each (1: their tensors are small, more make them slower)",
+    )
+    parser.add_argument(
+        "--recordings",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE.npz",
+        help="counts [windows, layers, experts], or a trace expert_ids [tokens, layers, choices]",
+    )
+    parser.add_argument(
+        "--only",
+        type=_sections,
+        default=list(SECTIONS),
+        metavar="SECTION,...",
+        help=f"run these alone: {', '.join(SECTIONS)}",
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of timed calls")
+    parser.add_argument("--figure", type=Path, metavar="FILE.png", help="draw time against size")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print one JSON object")
+    form.add_argument("--markdown", action="store_true", help="print GitHub's tables")
+    return parser
+
+
+def _sections(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in SECTIONS]
+    if unknown or not names:
+        raise argparse.ArgumentTypeError(
+            f"no section {', '.join(unknown) or 'named'}; there are {', '.join(SECTIONS)}"
         )
-    Console().print(table)
+    return names
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Time and quality of the planner.")
-    for name, default in (("experts", 256), ("slots", 288), ("ranks", 36), ("layers", 58)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--repeats", type=int, default=20, help="timed calls for each load")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-    sizes = parser.parse_args()
-    rows = [measure(kind, sizes) for kind in KINDS]
-    if sizes.json:
-        print(json.dumps({"sizes": vars(sizes) | {"device": str(jax.devices()[0])}, "rows": rows}))
-    else:
-        print_table(rows, sizes)
+def _run(given: argparse.Namespace, setting: Setting, notes: list[str]) -> None:
+    """Print each section's tables as soon as it ends; JSON when all have ended."""
+    about = machine.describe() | {"load_average_at_start": machine.load_average()}
+    console = Console()
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
+    done: dict[str, list[Table]] = {}
+    for name in given.only:
+        done[name] = SECTIONS[name](setting)
+        if given.json:
+            continue
+        for table in done[name]:
+            if given.markdown:
+                print(f"{table.as_markdown()}\n", flush=True)
+            else:
+                console.print(table.as_rich())
+    about["load_average_at_end"] = machine.load_average()
+    if given.json:
+        tables = {name: [table.as_data() for table in made] for name, made in done.items()}
+        print(json.dumps({"machine": about, "notes": notes, "sections": tables}, allow_nan=False))
+        return
+    for note in [*notes, "; ".join(f"{key.replace('_', ' ')}: {v}" for key, v in about.items())]:
+        print(note)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -148,7 +148,7 @@ def balanced_split(
     )
 
 
-class _Replicas(NamedTuple):
+class Replicas(NamedTuple):
     """The slots of the experts that have several, J for each layer; the rest is masked."""
 
     slot: Int[Array, "L J"]
@@ -197,7 +197,7 @@ def _level_out(
     """
     num_slots = tokens.shape[1]
     num_ranks = len(slowness)
-    few = _gather_replicas(slot_to_expert, num_experts, num_ranks)
+    few = gather_replicas(slot_to_expert, num_experts, num_ranks)
     rank = few.slot // (num_slots // num_ranks)
     here = jax.vmap(lambda table, ids: table[ids])
     start = here(tokens, few.slot) * few.used
@@ -251,9 +251,9 @@ def _level_out(
     )
 
 
-def _gather_replicas(
+def gather_replicas(
     slot_to_expert: Int[Array, "L S"], num_experts: int, num_ranks: int
-) -> _Replicas:
+) -> Replicas:
     num_slots = slot_to_expert.shape[1]
     # S - E further replicas are of at most S - E experts.
     most_experts = num_slots - num_experts
@@ -277,4 +277,4 @@ def _gather_replicas(
     used, by_expert, by_rank = (
         mask.astype(jnp.float32) for mask in (used[..., None], by_expert, by_rank)
     )
-    return _Replicas(slot, expert, used, by_expert, by_rank)
+    return Replicas(slot, expert, used, by_expert, by_rank)

@@ -32,6 +32,16 @@ def start_of(scenarios, num_slots=S, num_ranks=P, capacity=None):
     return pack(mean, count, num_slots=num_slots, num_ranks=num_ranks, capacity=capacity)
 
 
+def searched(start, scenarios, rounds=20, most=None, capacity=(1.0,) * P):
+    """With every limit given, so that the tests of one shape share a compilation."""
+    if most is None:
+        most = jnp.full(len(start), start.shape[1], jnp.int32)
+    limits = Limits(jnp.asarray(capacity, jnp.float32), start, most)
+    return refine_balanced(
+        start, scenarios, num_ranks=len(capacity), max_rounds=rounds, limits=limits
+    )
+
+
 def objective(slots, scenarios, num_ranks=P, capacity=None):
     """Mean over scenarios of the fullest rank, in tokens of the mean rank."""
     tokens = balanced_split(
@@ -58,7 +68,7 @@ def assert_valid(slots, num_experts=E, num_ranks=P, capacity=None):
 def test_the_search_lowers_its_objective_and_leaves_valid_tables(seed):
     scenarios = scenarios_of(seed)
     start = start_of(scenarios)
-    slots = refine_balanced(start, scenarios, num_ranks=P, max_rounds=20)
+    slots = searched(start, scenarios)
     assert_valid(slots)
     before, after = objective(start, scenarios), objective(slots, scenarios)
     assert (after < before + 2e-3).all()
@@ -67,16 +77,13 @@ def test_the_search_lowers_its_objective_and_leaves_valid_tables(seed):
 
 def test_the_search_is_deterministic():
     scenarios = scenarios_of(0)
-    first, second = (
-        refine_balanced(start_of(scenarios), scenarios, num_ranks=P, max_rounds=20)
-        for _ in range(2)
-    )
+    first, second = (searched(start_of(scenarios), scenarios) for _ in range(2))
     np.testing.assert_array_equal(first, second)
 
 
 def test_no_round_changes_nothing():
     scenarios = scenarios_of(1)
-    slots = refine_balanced(start_of(scenarios), scenarios, num_ranks=P, max_rounds=0)
+    slots = searched(start_of(scenarios), scenarios, rounds=0)
     np.testing.assert_array_equal(slots, start_of(scenarios))
 
 
@@ -84,9 +91,7 @@ def test_no_more_slots_change_than_allowed():
     scenarios = scenarios_of(2)
     start = start_of(scenarios)
     most = jnp.array([0, 3, 6], jnp.int32)
-    slots = refine_balanced(
-        start, scenarios, num_ranks=P, max_rounds=20, limits=Limits(None, start, most)
-    )
+    slots = searched(start, scenarios, most=most)
     assert_valid(slots)
     moves = (np.asarray(slots) != np.asarray(start)).sum(axis=1)
     assert (moves <= np.asarray(most)).all()
@@ -97,9 +102,7 @@ def test_ranks_of_capacity_zero_stay_empty_and_slow_ones_get_less():
     scenarios = scenarios_of(3)
     capacity = jnp.array([1, 0, 2, 1, 1, 0.5, 1, 1], jnp.float32)
     start = start_of(scenarios, capacity=capacity)
-    slots = refine_balanced(
-        start, scenarios, num_ranks=P, max_rounds=20, limits=Limits(capacity=capacity)
-    )
+    slots = searched(start, scenarios, capacity=capacity)
     assert_valid(slots, capacity=capacity)
     before, after = (objective(table, scenarios, capacity=capacity) for table in (start, slots))
     assert (after < before + 2e-3).all()
@@ -134,8 +137,7 @@ def test_more_rounds_or_moves_do_not_recompile():
     start = start_of(scenarios)
 
     def plan(rounds, moves):
-        limits = Limits(None, start, jnp.full(L, moves, jnp.int32))
-        return refine_balanced(start, scenarios, num_ranks=P, max_rounds=rounds, limits=limits)
+        return searched(start, scenarios, rounds, jnp.full(L, moves, jnp.int32))
 
     plan(1, 4)
     compiled = refine_balanced._cache_size()

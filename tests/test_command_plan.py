@@ -14,6 +14,9 @@ from tests.command_line import (
     write_statistics,
 )
 
+# What compiles in a third of the time, where the quality of the plan is not looked at.
+FAST = ("--effort", "fast")
+
 
 @pytest.fixture
 def recorded(tmp_path):
@@ -71,23 +74,23 @@ def test_a_plan_beats_the_default_layout(capsys, tmp_path, recorded):
 
 def test_slots_default_to_the_experts_and_updates_are_written(capsys, tmp_path, recorded):
     path = tmp_path / "plan.yaml"
-    arguments = ["--ep-size", 6, "-o", path, "--layer-updates-per-iter", 2]
+    arguments = ["--ep-size", 4, *FAST, "-o", path, "--layer-updates-per-iter", 2]
     out = succeed(capsys, "plan", recorded, *arguments)
-    table, updates = validated(path, 12, 6)
+    table, updates = validated(path, 12, 4)
     assert (table.shape, updates) == ((3, 12), 2)
-    assert "12 experts in 12 slots on 6 ranks, 3 layers, from 4 iterations" in out
+    assert "12 experts in 12 slots on 4 ranks, 3 layers, from 4 iterations" in out
     assert out.endswith(f"{path}\n")
 
 
 def test_verbose_has_a_line_for_each_layer(capsys, tmp_path, recorded):
-    arguments = ["--ep-size", 4, "-o", tmp_path / "plan.yaml"]
+    arguments = ["--ep-size", 4, *FAST, "-o", tmp_path / "plan.yaml"]
     assert len(succeed(capsys, "plan", recorded, *arguments).splitlines()) == 2
     lines = succeed(capsys, "plan", recorded, *arguments, "--verbose").splitlines()
     assert [line.split(":")[0] for line in lines[:3]] == [f"layer {layer}" for layer in LAYERS]
 
 
 def test_a_plan_of_some_iterations_is_made_from_those(capsys, tmp_path, recorded):
-    sizes = ["--ep-size", 4, "--num-slots", 16]
+    sizes = ["--ep-size", 4, *FAST]
     limits = ["--iter-start", 11, "--iter-stop", 13]
     succeed(capsys, "plan", recorded, *sizes, *limits, "-o", tmp_path / "part.yaml")
     part = skewed_recording().between(11, 13)
@@ -102,7 +105,7 @@ def test_a_directory_goes_through_plan_and_report(capsys, tmp_path):
         tmp_path / "plan.yaml",
     )
     sizes = ["--ep-size", 4]
-    succeed(capsys, "plan", directory, *sizes, "--num-slots", 16, "-o", path)
+    succeed(capsys, "plan", directory, *sizes, *FAST, "--num-slots", 16, "-o", path)
     before = json.loads(succeed(capsys, "report", directory, *sizes, "--json"))
     after = json.loads(
         succeed(capsys, "report", directory, *sizes, "--load-balancer", path, "--json")
@@ -113,7 +116,7 @@ def test_a_directory_goes_through_plan_and_report(capsys, tmp_path):
 def test_counts_by_slot_are_not_planned_from_without_the_active_balancer(capsys, tmp_path):
     counts, path = skewed_counts(16), tmp_path / "plan.yaml"
     directory = write_statistics(tmp_path / "statistics", counts)
-    sizes = ["--num-experts", 12, "--ep-size", 4, "-o", path]
+    sizes = ["--num-experts", 12, "--ep-size", 4, *FAST, "-o", path]
     error = fail(capsys, "plan", directory, *sizes)
     assert "counts are by slot (16 slots, 12 experts)" in error
     assert "--active-load-balancer FILE" in error
@@ -148,6 +151,91 @@ def test_sizes_that_do_not_fit_are_refused_and_write_nothing(
 
 def test_a_folder_that_is_not_there_is_made(capsys, tmp_path, recorded):
     path = tmp_path / "new" / "plan.yaml"
-    succeed(capsys, "plan", recorded, "--ep-size", 4, "-o", path)
+    succeed(capsys, "plan", recorded, "--ep-size", 4, *FAST, "-o", path)
     validated(path, 12, 4)
-    assert str(path) in fail(capsys, "plan", recorded, "--ep-size", 4, "-o", path / "under.yaml")
+    arguments = ["--ep-size", 4, *FAST, "-o", path / "under.yaml"]
+    assert str(path) in fail(capsys, "plan", recorded, *arguments)
+
+
+@pytest.mark.slow
+def test_limits_of_moves_print_what_each_would_give_and_the_last_is_written(
+    capsys, tmp_path, recorded
+):
+    before, path = tmp_path / "before.yaml", tmp_path / "plan.yaml"
+    default = Placement.default(num_experts=12, num_slots=16, num_ranks=4, layer_ids=LAYERS)
+    save_placement(default, before)
+    arguments = ["--ep-size", 4, *FAST, "--previous", before, "-o", path, "--max-moves"]
+    figures = json.loads(succeed(capsys, "plan", recorded, *arguments, "0,4,all", "--json"))
+    none, some, most = figures["frontier"]
+    assert [row["max_moves"] for row in figures["frontier"]] == [0, 4, "all"]
+    unmoved = np.mean(imbalance(np.asarray(default.slot_to_expert), skewed_counts(), 4))
+    assert (none["moves"], none["imbalance"]) == (0, pytest.approx(unmoved, abs=1e-6))
+    assert 0 < some["moves"] <= 4
+    assert most["imbalance"] <= some["imbalance"] < none["imbalance"]
+    table = validated(path, 12, 4)[0]
+    assert figures["moves"] == (table != np.asarray(default.slot_to_expert)).sum() / 3
+    expected = np.mean(imbalance(table, skewed_counts(), 4))
+    assert figures["imbalance"] == most["imbalance"] == pytest.approx(expected, abs=1e-6)
+    out = succeed(capsys, "plan", recorded, *arguments, "0,4")
+    assert [line.split()[0] for line in out.splitlines()[1:3]] == ["0", "4"]
+    assert f"{some['moves']:.1f} slots of a layer change" in out
+
+
+@pytest.mark.slow
+def test_groups_on_nodes_and_speeds_reach_the_plan(capsys, tmp_path, recorded):
+    path = tmp_path / "plan.yaml"
+    sizes = ["--ep-size", 4, "--num-slots", 16, *FAST, "-o", path]
+    groups = ["--num-nodes", 2, "--num-groups", 4, "--capacity", "1,1,2,2"]
+    out = succeed(capsys, "plan", recorded, *sizes, *groups)
+    assert "0.00% of the tokens are served off their group's node" in out
+    table = validated(path, 12, 4)[0]
+    tokens = np.zeros(2)
+    for row, counts in zip(table, skewed_counts().sum(axis=0), strict=True):
+        # Experts 3 g to 3 g + 2 are group g.
+        nodes = [set((row[:8] // 3).tolist()), set((row[8:] // 3).tolist())]
+        assert not nodes[0] & nodes[1]
+        tokens += [counts.reshape(4, 3)[sorted(node)].sum() for node in nodes]
+    # The second node is twice as fast.
+    assert tokens[1] > 1.4 * tokens[0]
+
+
+@pytest.mark.slow
+def test_the_balanced_split_promises_less_imbalance(capsys, tmp_path, recorded):
+    sizes = ["--ep-size", 4, "--num-slots", 16, *FAST, "-o", tmp_path / "plan.yaml"]
+    even, balanced = (
+        json.loads(succeed(capsys, "plan", recorded, *sizes, "--json", "--split", split))
+        for split in ("even", "balanced")
+    )
+    assert balanced["imbalance"] < even["imbalance"]
+    validated(tmp_path / "plan.yaml", 12, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-moves", 4], "--max-moves needs --previous, the load balancer file in force"),
+        (["--num-groups", 5], "12 experts cannot be divided into 5 groups"),
+        (["--num-nodes", 3], "4 ranks cannot be divided among 3 nodes"),
+        (["--num-groups", 3, "--num-nodes", 2], "3 groups cannot be divided among 2 nodes"),
+        (["--cross-node-weight", 0.1], "give num_nodes and num_groups"),
+        (["--spread-replicas"], "spread_replicas needs two nodes or more"),
+        (["--capacity", "1,2"], r"capacity has shape (2,); expected (4,), a rank each"),
+        (["--method", "deepseek", "--capacity", "1,1,1,2"], "method 'deepseek' knows no capacity"),
+    ],
+)
+def test_options_that_do_not_fit_are_explained(capsys, tmp_path, recorded, arguments, message):
+    path = tmp_path / "plan.yaml"
+    sizes = ["--ep-size", 4, "--num-slots", 16, "-o", path]
+    assert message in fail(capsys, "plan", recorded, *sizes, *arguments)
+    assert not path.exists()
+
+
+def test_a_placement_in_force_must_fit(capsys, tmp_path, recorded):
+    before, path = tmp_path / "before.yaml", tmp_path / "plan.yaml"
+    save_placement(Placement.default(num_experts=12, num_ranks=4, layer_ids=(3, 4, 5)), before)
+    arguments = ["--ep-size", 4, "-o", path, "--previous", before]
+    assert "before.yaml" in fail(capsys, "plan", recorded, *arguments)
+    save_placement(Placement.default(num_experts=12, num_ranks=4, layer_ids=LAYERS), before)
+    error = fail(capsys, "plan", recorded, *arguments, "--num-slots", 16)
+    assert "before.yaml has 12 slots; a plan with 16 cannot start from it" in error
+    assert not path.exists()

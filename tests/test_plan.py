@@ -87,11 +87,12 @@ def test_any_load_gives_a_valid_plan_no_worse_than_greedys(load):
     assert (ours <= theirs + 1e-6).all()
 
 
-@pytest.mark.parametrize("shape", [(256, 288, 36), (64, 96, 32), (60, 64, 8)])
+# The last is also one of SHAPES.
+@pytest.mark.parametrize("shape", [(256, 288, 36, 12), (64, 96, 32, 12), (60, 64, 8, 3)])
 @pytest.mark.parametrize("load", [0.5, 1.0, 1.5, 2.0, "zipf"])
 def test_no_layer_is_worse_than_greedys_and_the_mean_is_below(shape, load):
-    num_experts, num_slots, num_ranks = shape
-    load = zipf(num_experts) if load == "zipf" else lognormal(load, num_experts)
+    num_experts, num_slots, num_ranks, layers = shape
+    load = zipf(num_experts, layers) if load == "zipf" else lognormal(load, num_experts, layers)
     ours = imbalance_of(
         load, slots_of(plan(load, num_slots=num_slots, num_ranks=num_ranks)), num_ranks
     )
@@ -113,7 +114,8 @@ def test_greedy_can_only_win_by_holding_an_expert_twice_on_a_rank():
     greedy = greedy_plan(load, 4, 2)
     assert greedy.tolist() == [[1, 2, 0, 0]]
     assert imbalance_of(load, greedy, 2).tolist() == [0]
-    assert plan(load, num_slots=4, num_ranks=2).imbalance.tolist() == pytest.approx([1 / 6])
+    ours = plan(load, num_slots=4, num_ranks=2, effort="fast")
+    assert ours.imbalance.tolist() == pytest.approx([1 / 6])
 
 
 def least_imbalance(load, num_slots, num_ranks):
@@ -126,15 +128,22 @@ def least_imbalance(load, num_slots, num_ranks):
     return imbalance_of(np.tile(load, (len(tables), 1)), tables, num_ranks).min()
 
 
-@pytest.mark.parametrize("shape", [(5, 8, 4), (5, 6, 2)])
-def test_the_bound_is_below_and_the_plan_near_the_true_optimum(shape):
+@pytest.mark.parametrize(
+    ("shape", "effort", "above"),
+    [
+        ((5, 8, 4), "default", 0.04),
+        ((5, 6, 2), "default", 0.04),
+        pytest.param((5, 6, 2), "best", 0.02, marks=pytest.mark.slow),
+    ],
+)
+def test_the_bound_is_below_and_the_plan_near_the_true_optimum(shape, effort, above):
     num_experts, num_slots, num_ranks = shape
     load = lognormal(1.0, num_experts, num_layers=8)
-    result = plan(load, num_slots=num_slots, num_ranks=num_ranks)
+    result = plan(load, num_slots=num_slots, num_ranks=num_ranks, effort=effort)
     optimum = np.array([least_imbalance(row, num_slots, num_ranks) for row in load])
     assert (np.asarray(result.lower_bound) <= optimum + 1e-5).all()
     assert (np.asarray(result.imbalance) >= optimum - 1e-5).all()
-    assert (np.asarray(result.imbalance) - optimum).mean() < 0.04
+    assert (np.asarray(result.imbalance) - optimum).mean() < above
 
 
 def test_the_bound_knows_an_expert_that_cannot_be_split_enough():
@@ -143,95 +152,82 @@ def test_the_bound_knows_an_expert_that_cannot_be_split_enough():
     assert bound.tolist() == pytest.approx([45 / 24 - 1])
 
 
+fast_plan = functools.partial(plan, num_slots=20, num_ranks=4, effort="fast")
+jitted_plan = jax.jit(fast_plan)
+
+
 def test_fast_plans_add_windows_up():
     windows = np.random.default_rng(0).integers(0, 2**40, (2, 3, 16))
-    together = plan(windows, num_slots=20, num_ranks=4, effort="fast")
-    summed = plan(windows.sum(axis=0), num_slots=20, num_ranks=4, effort="fast")
+    together, summed = fast_plan(windows), fast_plan(windows.sum(axis=0))
     np.testing.assert_array_equal(slots_of(together), slots_of(summed))
 
 
 def test_layer_ids_reach_the_placement():
-    result = plan(np.ones((2, 4)), num_slots=4, num_ranks=2, layer_ids=[3, 4])
-    assert result.placement.layer_ids == (3, 4)
-    assert (result.placement.num_experts, result.placement.num_ranks) == (4, 2)
+    result = plan(np.ones((3, 16)), num_slots=20, num_ranks=4, layer_ids=[3, 4, 7])
+    assert result.placement.layer_ids == (3, 4, 7)
+    assert (result.placement.num_experts, result.placement.num_ranks) == (16, 4)
 
 
 def test_jax_and_numpy_loads_give_the_same_plan_eager_jitted_and_mapped():
     load = lognormal(1.0, 16, num_layers=3)
-    plan_it = functools.partial(plan, num_slots=20, num_ranks=4)
-    expected = slots_of(plan_it(load))
+    expected = slots_of(fast_plan(load))
     on_device = jnp.asarray(load, jnp.float32)
-    np.testing.assert_array_equal(slots_of(plan_it(on_device)), expected)
-    jitted = jax.jit(plan_it)(on_device)
-    np.testing.assert_array_equal(slots_of(jitted), expected)
-    mapped = jax.vmap(plan_it)(on_device.reshape(3, 1, 16))
+    np.testing.assert_array_equal(slots_of(fast_plan(on_device)), expected)
+    np.testing.assert_array_equal(slots_of(jitted_plan(on_device)), expected)
+    mapped = jax.vmap(fast_plan)(on_device.reshape(3, 1, 16))
     np.testing.assert_array_equal(slots_of(mapped).reshape(3, 20), expected)
 
 
 def test_a_layers_plan_does_not_depend_on_the_others():
-    load = np.concatenate([lognormal(0.5, 16, 1), lognormal(2.0, 16, 2)])
+    load, other = lognormal(0.5, 16, 3), lognormal(2.0, 16, 3, seed=1)
     together = slots_of(plan(load, num_slots=20, num_ranks=4))
-    alone = [slots_of(plan(row[None], num_slots=20, num_ranks=4))[0] for row in load]
-    np.testing.assert_array_equal(together, alone)
+    for layer in range(3):
+        among = np.where(np.arange(3)[:, None] == layer, load, other)
+        alone = slots_of(plan(among, num_slots=20, num_ranks=4))
+        np.testing.assert_array_equal(alone[layer], together[layer])
 
 
 def test_nan_inside_jit_counts_as_no_load():
-    damaged = jnp.array([[jnp.nan, -1, jnp.inf, 4]])
-    result = jax.jit(functools.partial(plan, num_slots=6, num_ranks=3))(damaged)
-    Placement.from_slots(slots_of(result), num_experts=4, num_ranks=3)
+    load = lognormal(1.0, 16, num_layers=3).astype(np.float32)
+    damaged = load.copy()
+    damaged[:, :4] = [np.nan, -1, -np.inf, 0]
+    load[:, :4] = 0
+    result = jitted_plan(jnp.array(damaged))
+    np.testing.assert_array_equal(slots_of(result), slots_of(jitted_plan(jnp.array(load))))
+    Placement.from_slots(slots_of(result), num_experts=16, num_ranks=4)
 
 
 def test_a_second_plan_of_the_same_shape_compiles_nothing(caplog):
     def compilations(load):
         caplog.clear()
         with jax.log_compiles(), caplog.at_level(logging.WARNING):
-            plan(load, num_slots=25, num_ranks=5)
+            fast_plan(load)
         return sum("Finished XLA compilation" in record.message for record in caplog.records)
 
-    # No other test plans for these sizes.
-    assert compilations(lognormal(0.5, 20)) > 0
-    assert compilations(lognormal(2.0, 20, seed=1)) == 0
-    assert compilations(np.zeros((12, 20), np.int32)) == 0
+    compilations(lognormal(0.5, 16, 3))
+    assert compilations(lognormal(2.0, 16, 3, seed=1)) == 0
+    assert compilations(np.zeros((3, 16), np.int32)) == 0
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        jax.jit(lambda x: x + 1)(0.0)
+    assert "Finished XLA compilation" in caplog.text  # so those of a plan would have been seen
 
 
-@pytest.mark.parametrize(
-    ("load", "message"),
-    [
-        (np.ones(4), r"shape \(4,\); expected \[layers, experts\]"),
-        (np.ones((0, 4)), r"shape \(0, 4\)"),
-        (np.array([["a", "b"]]), "load is <U1; expected counts"),
-        (np.array([[1j, 2, 3, 4]]), "load is complex128; expected counts"),
-        (np.array([[1, 2, 3, np.nan]]), "layer 7, expert 3: load nan"),
-        (np.array([[1, -2, 3, 4]]), r"layer 7, expert 1: load -2\.0; expected a count"),
-        (np.array([[[1, 2, 3, 4]], [[1, 2, np.inf, 4]]]), "window 1, layer 7, expert 2: load inf"),
-        (jnp.array([[1.0, 2, -3, 4]]), "layer 7, expert 2"),
-        (jnp.array([[1.0, 2, -3, 4]], jnp.bfloat16), "layer 7, expert 2"),
-        ([[1, 2, 3, -4]], "layer 7, expert 3"),
-    ],
-)
-def test_a_damaged_load_is_refused_by_name(load, message):
-    with pytest.raises(ValueError, match=message):
-        plan(load, num_slots=4, num_ranks=2, layer_ids=[7])
+def test_names_of_experts_do_not_matter():
+    load = lognormal(1.0, 16, num_layers=3)
+    names = np.random.default_rng(0).permutation(16)
+    usual, renamed = (plan(loads, num_slots=20, num_ranks=4) for loads in (load, load[:, names]))
+    # No two loads are alike, so no tie is broken by name.
+    np.testing.assert_allclose(renamed.imbalance, usual.imbalance, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(renamed.lower_bound, usual.lower_bound, atol=3e-4)
+    for layer in range(3):
+        ours, theirs = (
+            sorted(sorted(held) for held in table.reshape(4, -1).tolist())
+            for table in (slots_of(usual)[layer], names[slots_of(renamed)[layer]])
+        )
+        assert ours == theirs
 
 
-@pytest.mark.parametrize(
-    ("num_slots", "num_ranks", "message"),
-    [
-        (6, 4, "6 slots cannot be divided among 4 ranks; use a multiple of 4, such as 8"),
-        (2, 2, "2 slots cannot hold 4 experts; use at least 4"),
-        (4, 0, "number of ranks is 0"),
-    ],
-)
-def test_sizes_that_do_not_fit_are_refused(num_slots, num_ranks, message):
-    with pytest.raises(ValueError, match=message):
-        plan(np.ones((1, 4)), num_slots=num_slots, num_ranks=num_ranks)
-
-
-def test_layer_ids_must_fit_the_load():
-    with pytest.raises(ValueError, match="3 layer ids were given for 2 layers"):
-        plan(np.ones((2, 4)), num_slots=4, num_ranks=2, layer_ids=[1, 2, 3])
-
-
+@pytest.mark.slow
 def test_a_thousand_ranks_are_planned():
     load = lognormal(1.0, 1024, num_layers=2)
     slots = slots_of(plan(load, num_slots=2000, num_ranks=1000))

@@ -10,14 +10,14 @@ from jax_eplb.commands.inputs import read_recording
 from jax_eplb.commands.progress import progress_bars
 from jax_eplb.formats import load_placement, save_placement
 from jax_eplb.load import Recording
-from jax_eplb.planner import Plan, plan
+from jax_eplb.planner import Plan, frontier, plan
 
 
 def run(arguments: argparse.Namespace) -> None:
     recording = read_recording(arguments)
-    num_slots = arguments.num_slots or recording.num_experts
     limits: list[int | None] = arguments.max_moves or [None]
-    plans = _plans(arguments, recording, num_slots, limits)
+    plans = _plans(arguments, recording, limits)
+    num_slots = plans[-1].placement.num_slots
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     save_placement(
         plans[-1].placement,
@@ -57,9 +57,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _plans(
-    arguments: argparse.Namespace, recording: Recording, num_slots: int, limits: list[int | None]
+    arguments: argparse.Namespace, recording: Recording, limits: list[int | None]
 ) -> list[Plan]:
     """A plan for each limit of moves, with a progress bar where it may take long."""
+    counts, num_ranks = recording.expert_counts(), arguments.ep_size
     options: dict[str, Any] = {
         "split": arguments.split,
         "effort": arguments.effort,
@@ -72,17 +73,27 @@ def _plans(
         "layer_ids": recording.layer_ids,
     }
     if arguments.previous is not None:
-        options["previous"] = load_placement(
-            arguments.previous, num_ranks=arguments.ep_size, num_experts=recording.num_experts
+        previous = load_placement(
+            arguments.previous,
+            num_ranks=num_ranks,
+            num_experts=recording.num_experts,
+            layer_ids=recording.layer_ids,
         )
+        if arguments.num_slots not in (None, previous.num_slots):
+            raise ValueError(
+                f"{arguments.previous} has {previous.num_slots} slots; a plan with "
+                f"{arguments.num_slots} cannot start from it: leave out --num-slots or --previous"
+            )
+        planned = frontier(counts, previous, limits, **options)
     elif arguments.max_moves is not None:
         raise ValueError("--max-moves needs --previous, the load balancer file in force")
-    counts = recording.expert_counts()
+    else:
+        num_slots = arguments.num_slots or recording.num_experts
+        planned = (plan(counts, num_slots, num_ranks, **options) for _ in limits)
     plans = []
     # A single quick plan needs none.
     with progress_bars(shown=len(limits) > 1 or arguments.effort == "best") as bars:
-        for limit in bars.track(limits, description="planning"):
-            one = plan(counts, num_slots, arguments.ep_size, max_moves=limit, **options)
+        for one in bars.track(planned, total=len(limits), description="planning"):
             one.imbalance.block_until_ready()
             plans.append(one)
     return plans

@@ -1,6 +1,7 @@
 """The options of `jax-eplb plan`."""
 
 import argparse
+import math
 from pathlib import Path
 
 from jax_eplb.commands.inputs import add_recording_options, positive, whole
@@ -56,7 +57,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         "--capacity",
         type=_parse_capacity,
         metavar="C,C,...",
-        help="relative speed of each rank; 0 for one that is gone",
+        help="relative speed of each rank",
     )
     parser.add_argument(
         "--layer-updates-per-iter",
@@ -79,7 +80,17 @@ def _parse_moves(text: str) -> list[int | None]:
 
 
 def _parse_capacity(text: str) -> list[float]:
+    """Speeds above 0, for argparse. The file cannot say that the slots of a rank are empty.
+
+    >>> _parse_capacity("1,0.5")
+    [1.0, 0.5]
+    """
     try:
-        return [float(part) for part in text.split(",")]
+        speeds = [float(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers") from None
+    if not all(0 < speed < math.inf for speed in speeds):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: each rank's speed must be above 0; leave a rank that is gone out of P"
+        )
+    return speeds

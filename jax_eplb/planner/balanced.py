@@ -1,7 +1,7 @@
 """Balanced: swaps and replacements that lower the fullest rank, under the balanced split.
 
 Axes: W scenarios, L layers, E experts, S slots, P ranks, X experts with several replicas at most,
-N = S / P slots of a rank, C candidates.
+J their slots at most, N = S / P slots of a rank, C changes.
 """
 
 import functools
@@ -12,16 +12,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jax_eplb.planner.changes import NO_LIMITS, Limits
-from jax_eplb.planner.prices import promising_changes
-from jax_eplb.split import exact_matmul, slowness_of
+from jax_eplb.planner.prices import Changes, promising_changes
+from jax_eplb.split import exact_matmul, gather_replicas, slowness_of
 
 _MOST_SCENARIOS = 64
 _PRICED_SCENARIOS = 16
 _STEPS = 12
-_TRIES = 8
-_SHORTLIST = 64
+_TRIES = 4  # for each pricing
+_FIRST_BATCH = 8
 _PATIENCE = 20  # rounds without a change that helps, before a layer counts as done
 _LEAST_GAIN = 1e-5
+# How much promises are doubted, for each round in which none was kept.
+_DOUBT = 0.05
+_MOST_DOUBTS = 10
 # The spread of the ranks counts a little: two ranks as full as each other are one change from less.
 _SPREAD = 0.1
 _STRIDE = 3.2
@@ -30,10 +33,10 @@ _TINY = 1e-30
 
 class _Search(NamedTuple):
     slots: Int[Array, "L S"]
-    holds: Float[Array, "L E+1 P"]  # 1 where the rank holds the expert
-    fixed: Float[Array, "L P W"]  # tokens of experts with one replica
     height: Float[Array, "L P W"]
     value: Float[Array, "L"]
+    batch: Int[Array, "L"]  # changes to carry out at once
+    tried: Int[Array, "L"]  # changes of the list that were
 
 
 @functools.partial(jax.jit, static_argnames=("num_ranks",))
@@ -48,32 +51,23 @@ def refine_balanced(
     """Swap and replace slots so that the mean over scenarios of the fullest rank's load falls.
 
     The load is what `balanced_split` would leave. In each round prices, how often each rank is the
-    fullest, tell to first order what every change would do; the most promising are tried in turn,
-    and each that helps is kept. `scenarios` are shares of the tokens (see `draw_scenarios`). No
-    rank gets a second replica of an expert, and none loses its last.
+    fullest, tell to first order what every change would do. The most promising ones that meet on no
+    rank are carried out together, in batches: twice as many the next time where that helped, half
+    as many where it did not. `scenarios` are shares of the tokens (see `draw_scenarios`). No rank
+    gets a second replica of an expert, and none loses its last.
 
     >>> scenarios = jnp.array([[[0.4, 0.4, 0.1, 0.1]], [[0.1, 0.1, 0.4, 0.4]]])
     >>> refine_balanced(jnp.array([[0, 1, 2, 3]]), scenarios, num_ranks=2, max_rounds=8).tolist()
     [[2, 1, 0, 3]]
     """
-    num_layers, num_experts = scenarios.shape[1:]
-    num_slots = slot_to_expert.shape[1]
+    num_layers = scenarios.shape[1]
     chosen = scenarios[:: -(-len(scenarios) // _MOST_SCENARIOS)]
     load = jnp.moveaxis(chosen, 0, -1) * num_ranks  # [L, E, W]
     load = jnp.pad(load, ((0, 0), (0, 1), (0, 0)))
     slowness = slowness_of(limits.capacity, num_ranks)
     num_chosen = len(chosen)
     num_some = min(num_chosen, _PRICED_SCENARIOS)
-    most = max(num_slots - num_experts, 1)
-
-    layers = jnp.arange(num_layers)[:, None]
-    rank = jnp.arange(num_slots, dtype=jnp.int32)[None] // (num_slots // num_ranks)
-    holds = jnp.zeros((num_layers, num_experts + 1, num_ranks), jnp.float32)
-    holds = holds.at[layers, slot_to_expert, rank].set(1.0).at[:, num_experts].set(0.0)
-    single = holds * (holds.sum(axis=2, keepdims=True) == 1).astype(jnp.float32)
-    fixed = exact_matmul(jnp.swapaxes(single, 1, 2), load)
-    height, value = _divide(holds, load, fixed, slowness, most, _STEPS)
-    search = _Search(slot_to_expert, holds, fixed, height, value)
+    none = jnp.zeros(num_layers, jnp.int32)
 
     def play_round(state):
         turn, search, idle = state
@@ -81,23 +75,17 @@ def refine_balanced(
         some = (jnp.arange(num_some, dtype=jnp.int32) * num_chosen // num_some + turn) % num_chosen
         changes = promising_changes(
             search.slots,
-            search.holds,
             load[..., some],
             search.height[..., some],
             slowness,
-            _SHORTLIST,
+            _DOUBT * jnp.minimum(idle, _MOST_DOUBTS).astype(jnp.float32),
+            turn,
         )
-        first = (idle * _TRIES) % changes.here.shape[1]  # [L]
+        search = search._replace(tried=none)
         before = search.value
-
-        def attempt(i, search):
-            at = jnp.minimum(first + i, changes.here.shape[1] - 1)
-            change = jax.tree.map(
-                lambda table: jnp.take_along_axis(table, at[:, None], axis=1)[:, 0], changes
-            )
-            return _try(search, change, load, slowness, most, limits)
-
-        search = jax.lax.fori_loop(0, _TRIES, attempt, search)
+        search = jax.lax.fori_loop(
+            0, _TRIES, lambda _, search: _try(search, changes, load, slowness, limits), search
+        )
         idle = jnp.where(search.value < before, 0, idle + 1)
         return turn + 1, search, idle
 
@@ -105,67 +93,75 @@ def refine_balanced(
         turn, _, idle = state
         return (turn < max_rounds) & (idle < _PATIENCE).any()
 
-    start = (jnp.int32(0), search, jnp.zeros(num_layers, jnp.int32))
-    return jax.lax.while_loop(unfinished, play_round, start)[1].slots
+    height, value = _divide(slot_to_expert, load, slowness)
+    search = _Search(slot_to_expert, height, value, none + _FIRST_BATCH, none)
+    return jax.lax.while_loop(unfinished, play_round, (jnp.int32(0), search, none))[1].slots
 
 
-def _try(search: _Search, change, load, slowness, most: int, limits: Limits) -> _Search:
-    """Carry out one change in each layer, and keep it where it helps."""
+def _try(search: _Search, changes: Changes, load, slowness, limits: Limits) -> _Search:
+    """Carry out the next changes of the list in each layer, and keep them where they help."""
     num_layers, num_slots = search.slots.shape
-    per_rank = num_slots // len(slowness)
-    layers = jnp.arange(num_layers)
-    slots, holds = search.slots, search.holds
-    here, there, newcomer = change.here, change.there, change.newcomer
-    swap = there >= 0
-    other = jnp.where(swap, there, here)
-    leaver = slots[layers, here]
-    p, q = here // per_rank, other // per_rank
-    newcomer = jnp.where(swap, slots[layers, other], newcomer)
-    count = holds.sum(axis=2)
-    allowed = change.possible & (holds[layers, newcomer, p] == 0)
-    allowed = allowed & jnp.where(swap, holds[layers, leaver, q] == 0, count[layers, leaver] > 1)
-    new_slots = slots.at[layers, other].set(leaver).at[layers, here].set(newcomer)
+    num_experts = load.shape[1] - 1
+    layers = jnp.arange(num_layers)[:, None]
+    together = jnp.clip(changes.num_apart - search.tried, 1, search.batch)
+    turn = jnp.arange(changes.here.shape[1], dtype=jnp.int32)[None] - search.tried[:, None]
+    taken = changes.possible & (turn >= 0) & (turn < together[:, None])
+    swap = changes.there >= 0
+    here = jnp.where(taken, changes.here, num_slots)
+    there = jnp.where(taken & swap, changes.there, num_slots)
+    look = functools.partial(jnp.take_along_axis, axis=1, mode="fill", fill_value=num_experts)
+    newcomer = jnp.where(swap, look(search.slots, there), changes.newcomer)
+    slots = search.slots.at[layers, here].set(newcomer, mode="drop")
+    slots = slots.at[layers, there].set(look(search.slots, here), mode="drop")
+
+    # What was promised may be wrong after other changes.
+    count = jax.vmap(lambda table: jnp.zeros(num_experts, jnp.int32).at[table].add(1, mode="drop"))
+    lost = (count(slots) == 0) & (count(search.slots) > 0)
+    twice = _count_twice(slots, num_experts, len(slowness))
+    allowed = taken.any(axis=1) & ~lost.any(axis=1)
+    allowed = allowed & (twice <= _count_twice(search.slots, num_experts, len(slowness)))
     if limits.previous is not None and limits.max_moves is not None:
-        moves = (new_slots != limits.previous).astype(jnp.int32).sum(axis=1)
+        moves = (slots != limits.previous).astype(jnp.int32).sum(axis=1)
         allowed = allowed & (moves <= limits.max_moves)
-
-    one = allowed.astype(jnp.float32)
-    both = one * swap.astype(jnp.float32)
-    steps = ((leaver, p, -one), (newcomer, p, one), (leaver, q, both), (newcomer, q, -both))
-    new_holds = holds
-    for expert, rank, step in steps:
-        new_holds = new_holds.at[layers, expert, rank].add(step)
-
-    def alone(table, expert):
-        row = table[layers, expert]
-        return jnp.where(row.sum(axis=1, keepdims=True) == 1, row, 0.0)[..., None]
-
-    fixed = search.fixed
-    for expert in (leaver, newcomer):
-        tokens = load[layers, expert][:, None]
-        fixed = fixed + (alone(new_holds, expert) - alone(holds, expert)) * tokens
-    height, value = _divide(new_holds, load, fixed, slowness, most, _STEPS)
+    height, value = _divide(slots, load, slowness)
     helps = allowed & (value < search.value - _LEAST_GAIN)
-    new = _Search(new_slots, new_holds, fixed, height, value)
 
     def choose(new, old):
         return jnp.where(helps.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
-    return jax.tree.map(choose, new, search)
+    passed = helps | (together == 1)
+    return _Search(
+        choose(slots, search.slots),
+        choose(height, search.height),
+        choose(value, search.value),
+        jnp.where(helps, together * 2, jnp.maximum(together // 2, 1)),
+        search.tried + jnp.where(passed, together, 0),
+    )
 
 
-def _divide(holds, load, fixed, slowness, most: int, num_steps: int):
+def _count_twice(slots: Int[Array, "L S"], num_experts: int, num_ranks: int) -> Int[Array, "L"]:
+    """Pairs of slots of one rank that hold the same expert."""
+    ranks = slots.reshape(len(slots), num_ranks, -1)
+    same = (ranks[..., None] == ranks[..., None, :]) & (ranks < num_experts)[..., None]
+    return same.astype(jnp.int32).sum(axis=(1, 2, 3))
+
+
+def _divide(slots: Int[Array, "L S"], load: Float[Array, "L E+1 W"], slowness: Float[Array, "P 1"]):
     """Divide the tokens of each expert in proportion to exp(-bias) of its ranks; find the bias."""
-    num_layers, num_experts = holds.shape[:2]
-    several = holds.sum(axis=2) > 1
-    place = jnp.where(several, jnp.cumsum(several, axis=1) - 1, most).astype(jnp.int32)
-    ids = jnp.broadcast_to(jnp.arange(num_experts, dtype=jnp.int32)[None], place.shape)
-    layers = jnp.arange(num_layers)[:, None]
-    experts = jnp.full((num_layers, most), num_experts - 1, jnp.int32)
-    experts = experts.at[layers, place].set(ids, mode="drop")
+    num_layers = len(slots)
+    num_experts, num_ranks = load.shape[1] - 1, len(slowness)
+    few = gather_replicas(slots, num_experts, num_ranks)
     pick = jax.vmap(lambda table, ids: table[ids])
-    table, tokens = pick(holds, experts), pick(load, experts)  # [L, X, P], [L, X, W]
+    tokens = pick(load, slots)  # [L, S, W]
+    lone = jnp.ones(slots.shape, jnp.float32)
+    lone = jax.vmap(lambda table, ids, used: table.at[ids].add(-used))(
+        lone, few.slot, few.used[..., 0]
+    )
+    fixed = (tokens * lone[..., None]).reshape(num_layers, num_ranks, -1, tokens.shape[2]).sum(2)
+    table = exact_matmul(few.by_expert, jnp.swapaxes(few.by_rank, 1, 2))  # [L, X, P]
     by_rank = jnp.swapaxes(table, 1, 2)
+    count = few.by_expert.sum(axis=2, keepdims=True)
+    tokens = exact_matmul(few.by_expert, pick(tokens, few.slot)) / jnp.maximum(count, 1.0)
     live = (slowness > 0)[None]
     slow = slowness[None]
     most_shared = (exact_matmul(by_rank, tokens) * slow).max(axis=1, keepdims=True)
@@ -189,7 +185,7 @@ def _divide(holds, load, fixed, slowness, most: int, num_steps: int):
     even = jnp.zeros_like(fixed)
     one = jnp.ones((num_layers, 1, fixed.shape[2]), jnp.float32)
     state = (even, even, one, fixed, one * jnp.inf)
-    _, _, _, best, lowest = jax.lax.fori_loop(0, num_steps, step, state)
+    _, _, _, best, lowest = jax.lax.fori_loop(0, _STEPS, step, state)
     return best, lowest.mean(axis=(1, 2))
 
 

@@ -15,7 +15,7 @@ from jax_eplb.planner.dual_feasible import raise_by_functions
 from jax_eplb.planner.pair_functions import raise_by_mixtures
 
 
-@functools.partial(jax.jit, static_argnames=("num_slots", "num_ranks", "split"))
+@functools.partial(jax.jit, static_argnames=("num_slots", "num_ranks", "split", "simple"))
 def lower_bound(
     load: Float[Array, "*windows L E"],
     *,
@@ -23,6 +23,7 @@ def lower_bound(
     num_ranks: int,
     split: Literal["even", "balanced"] = "even",
     capacity: Float[Array, "P"] | None = None,
+    simple: bool = False,
 ) -> Float[Array, "L"]:
     """An imbalance that no placement has less of, in each layer; 0 where there is no load.
 
@@ -33,6 +34,8 @@ def lower_bound(
     either split. With windows, the imbalance bounded is the mean over those with tokens, of one
     placement for all. A rank's height is convex in the load, so the bound of the mean window holds
     there too, and the larger of it and the mean of the windows' bounds counts.
+
+    `simple` leaves it at the mean and the largest replica, which takes no time to speak of.
 
     With `capacity`, heights are loads per capacity, and a rank of capacity 0 holds nothing. Ranks
     that differ otherwise get the mean and the largest replica on the fastest rank alone. Raises
@@ -68,7 +71,7 @@ def lower_bound(
     total = load.sum(axis=-1)
     scale = jnp.where(total > 0, live / jnp.where(total > 0, total, 1.0), 0.0)  # a mean of 1 a rank
 
-    def simple(window):
+    def of_window(window):
         scaled = window[0] * window[1][:, None]
         return jnp.maximum(_largest_replica(scaled, slots) / fastest, 1.0)  # 1 where no load is
 
@@ -77,11 +80,13 @@ def lower_bound(
         load = load.reshape(-1, *load.shape[-2:])
         scale = scale.reshape(-1, scale.shape[-1])
         number = jnp.maximum((scale > 0).astype(jnp.float32).sum(0), 1.0)
-        heights = jax.lax.map(simple, (load, scale))  # one by one, which needs little memory
+        heights = jax.lax.map(of_window, (load, scale))  # one by one, which needs little memory
         least = 1 + (heights - 1).sum(0) / number
         load = jnp.einsum("wle,wl->le", load, scale, precision="highest")
         scale = 1 / number
-    bound = jnp.maximum(simple((load, scale)), least)
+    bound = jnp.maximum(of_window((load, scale)), least)
+    if simple:
+        return bound - 1
     load = load * scale[:, None]
     alike = fastest <= 1 + 1e-6
     # Without a slot to spare there is nothing to split, so both splits are one.

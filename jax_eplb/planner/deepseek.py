@@ -42,7 +42,7 @@ def deepseek_plan(
     """
     num_layers, num_experts = load.shape
     check_sizes(num_experts, num_slots, num_ranks)
-    num_nodes, num_groups = _usable_groups(num_experts, num_ranks, num_nodes, num_groups)
+    num_nodes, num_groups = usable_groups(num_experts, num_ranks, num_nodes, num_groups)
     load = load.astype(jnp.float32).T
     order = _experts_by_node(load, num_nodes, num_groups)  # [E, L]
 
@@ -58,10 +58,14 @@ def deepseek_plan(
     return _take(order, (slots + first[:, None, None]).reshape(num_slots, num_layers)).T
 
 
-def _usable_groups(
+def usable_groups(
     num_experts: int, num_ranks: int, num_nodes: int, num_groups: int
 ) -> tuple[int, int]:
-    """Nodes and groups to plan with: one of each where the groups do not divide evenly."""
+    """Nodes and groups to plan with: one of each where nodes do not divide the groups.
+
+    >>> usable_groups(12, 6, 2, 3)
+    (1, 1)
+    """
     if num_nodes > 0 and num_groups > 0 and num_groups % num_nodes:
         return 1, 1
     check_topology(num_experts, num_ranks, num_nodes, num_groups, spread_replicas=False)

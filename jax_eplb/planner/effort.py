@@ -1,6 +1,6 @@
 """Effort: how long a plan may take, as named levels.
 
-Axes: S slots, E experts.
+Axes: L layers, E experts, S slots, P ranks.
 """
 
 from typing import NamedTuple
@@ -9,54 +9,97 @@ from typing import NamedTuple
 class Effort(NamedTuple):
     """How much of everything is tried."""
 
-    # Ways to replicate: offset, and the part of the spare slots held back for small replicas. The
-    # best plan of each layer is kept.
+    # Ways to replicate: offset, and the part of the spare slots held back for small replicas.
     ways: tuple[tuple[float, float], ...]
-    # Rounds of swaps for each way, then of swaps and replacements for the best.
+    # Rounds of swaps for each way. So many of each layer's best go on, with rounds of swaps and
+    # replacements; the best of those is kept.
     swap_rounds: int
+    finalists: int
     change_rounds: int
     # Moved replicas tried where a rank has two slots (see `improve_pairs`).
     pair_tries: int
-    # Windows: ways to replicate, as powers of the mean over scenarios, and rounds for each.
+    # Windows: ways to replicate, as powers of the mean over scenarios, and rounds for each (see
+    # `rounds_for_windows`).
     powers: tuple[float, ...]
     window_rounds: int
-    # Rounds for the balanced split.
+    # Rounds for the balanced split (see `rounds_for_balanced`).
     balanced_rounds: int
+    # No more than the mean and the largest replica in the lower bound.
+    simple_bound: bool = False
 
 
 EFFORTS = {
     # One way and no windows: they are added up.
-    "fast": Effort(((-0.3, 0.0),), 4, 0, 8, (), 0, 1),
+    "fast": Effort(((-0.3, 0.0),), 4, 1, 0, 0, (), 0, 2, simple_bound=True),
     "default": Effort(
         ((0.0, 0.0), (-0.4, 0.0), (-0.7, 0.0), (-0.8, 0.0), (-0.5, 0.25)),
         12,
+        1,
         32,
-        100,
+        48,
         (1.0, 1.5, 3.0),
         80,
-        3,
+        8,
     ),
     "best": Effort(
         (
             (0.0, 0.0),
             (-0.15, 0.0),
             (-0.3, 0.0),
+            (-0.5, 0.0),
             (-0.6, 0.0),
             (-0.8, 0.0),
+            (-0.95, 0.0),
             (-0.15, 0.12),
             (-0.4, 0.12),
+            (-0.6, 0.12),
+            (-0.8, 0.12),
             (-0.7, 0.06),
             (-0.3, 0.25),
             (-0.5, 0.25),
         ),
-        0,
-        40,
+        6,
+        3,
+        60,
         800,
-        (1.0, 1.5, 2.0, 3.0, 6.0),
-        150,
-        7,
+        (1.0, 1.5, 2.0, 3.0),
+        100,
+        20,
     ),
 }
+
+
+# What efforts are made for; smaller problems get more in the same time.
+_LAYERS, _SLOTS, _RANKS = 58, 288, 36
+
+
+def finalists_for(effort: Effort, num_layers: int, num_slots: int) -> int:
+    """How many candidates of each layer go on.
+
+    >>> finalists_for(EFFORTS["best"], num_layers=58, num_slots=96)
+    9
+    """
+    times = _LAYERS * _SLOTS // (num_layers * num_slots)
+    return min(effort.finalists * max(times, 1), len(effort.ways))
+
+
+def rounds_for_windows(effort: Effort, num_ranks: int) -> int:
+    """How many rounds the search over windows gets; with few ranks, more would only over-fit.
+
+    >>> [rounds_for_windows(EFFORTS["best"], num_ranks) for num_ranks in (8, 16, 32, 1000)]
+    [77, 100, 144, 200]
+    """
+    return min(effort.window_rounds * (20 + num_ranks) // _RANKS, 2 * effort.window_rounds)
+
+
+def rounds_for_balanced(effort: Effort, num_layers: int, num_slots: int, num_ranks: int) -> int:
+    """How many rounds the search for the balanced split gets.
+
+    >>> rounds_for_balanced(EFFORTS["best"], num_layers=24, num_slots=40, num_ranks=8)
+    80
+    """
+    times = _LAYERS * _SLOTS * _RANKS // (num_layers * num_slots * num_ranks)
+    return effort.balanced_rounds * min(max(times, 1), 4)
 
 
 def effort_of(name: str) -> Effort:

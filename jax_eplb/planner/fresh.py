@@ -13,7 +13,12 @@ from jaxtyping import Array, Float, Int
 from jax_eplb.placement import max_replicas
 from jax_eplb.planner.balanced import refine_balanced
 from jax_eplb.planner.changes import Limits
-from jax_eplb.planner.effort import Effort
+from jax_eplb.planner.effort import (
+    Effort,
+    finalists_for,
+    rounds_for_balanced,
+    rounds_for_windows,
+)
 from jax_eplb.planner.pack import pack
 from jax_eplb.planner.pairs import improve_pairs
 from jax_eplb.planner.refine import refine
@@ -52,27 +57,28 @@ def fresh_even(load: Float[Array, "L E"], room: Room, effort: Effort) -> Int[Arr
             limits=Limits(room.capacity),
         )
 
-    def pack_and_improve(count):
-        slots = _pack(load, count, room)
-        if effort.swap_rounds:
-            return improve(slots, effort.swap_rounds, replace=False)
-        return improve(slots, effort.change_rounds, replace=True)
+    def pack_and_swap(count):
+        return improve(_pack(load, count, room), effort.swap_rounds, replace=False)
 
     # In turn, so that a candidate's tables stay in the processor's cache.
     candidates = jax.lax.map(
-        lambda way: pack_and_improve(_replicate(load, room, *way)), (offsets, held_back)
+        lambda way: pack_and_swap(_replicate(load, room, *way)), (offsets, held_back)
     )
-    if room.num_slots == 2 * room.num_ranks and room.capacity is None:
-        slots = pack_and_improve(_count_pairs(load, room, effort))
+    if effort.pair_tries and room.num_slots == 2 * room.num_ranks and room.capacity is None:
+        slots = pack_and_swap(_count_pairs(load, room, effort))
         candidates = jnp.concatenate([candidates, slots[None]])
 
     def height_of(slots):
         return even_heights(load, slots, room.num_ranks, room.capacity).max(axis=-1)
 
-    slots = _best_of(candidates, jax.vmap(height_of)(candidates))
-    if effort.swap_rounds and effort.change_rounds:
-        slots = improve(slots, effort.change_rounds, replace=True)
-    return slots
+    if not effort.change_rounds:
+        return _best_of(candidates, jax.vmap(height_of)(candidates), 1)[0]
+    number = finalists_for(effort, len(load), room.num_slots)
+    finalists = _best_of(candidates, jax.vmap(height_of)(candidates), number)
+    finalists = jax.lax.map(
+        lambda slots: improve(slots, effort.change_rounds, replace=True), finalists
+    )
+    return _best_of(finalists, jax.vmap(height_of)(finalists), 1)[0]
 
 
 def fresh_windows(windows: Float[Array, "W L E"], room: Room, effort: Effort) -> Int[Array, "L S"]:
@@ -86,24 +92,25 @@ def fresh_windows(windows: Float[Array, "W L E"], room: Room, effort: Effort) ->
             slots,
             scenarios,
             num_ranks=room.num_ranks,
-            max_rounds=effort.window_rounds,
+            max_rounds=rounds_for_windows(effort, room.num_ranks),
             limits=Limits(room.capacity),
         )
         heights = even_heights(scenarios, slots, room.num_ranks, room.capacity)  # [W, L, P]
         return slots, heights.max(axis=-1).mean(axis=0)
 
-    return _best_of(*jax.lax.map(of_power, jnp.array(effort.powers, jnp.float32)))
+    candidates, heights = jax.lax.map(of_power, jnp.array(effort.powers, jnp.float32))
+    return _best_of(candidates, heights, 1)[0]
 
 
 def fresh_balanced(windows: Float[Array, "W L E"], room: Room, effort: Effort) -> Int[Array, "L S"]:
     """For the mean over iterations of the fullest rank's load, under the balanced split."""
-    scenarios = draw_scenarios(windows, num_scenarios=enough_scenarios(len(windows)), noise=0.15)
+    scenarios = draw_scenarios(windows, num_scenarios=enough_scenarios(len(windows)))
     mean = scenarios.mean(axis=0)
     return refine_balanced(
         _pack(mean, _replicate(mean, room, -0.5), room),
         scenarios,
         num_ranks=room.num_ranks,
-        max_rounds=effort.balanced_rounds,
+        max_rounds=rounds_for_balanced(effort, windows.shape[1], room.num_slots, room.num_ranks),
         limits=Limits(room.capacity),
     )
 
@@ -139,18 +146,20 @@ def _pack(load: Float[Array, "L E"], count: Int[Array, "L E"], room: Room) -> In
 
 def _count_pairs(load: Float[Array, "L E"], room: Room, effort: Effort) -> Int[Array, "L E"]:
     """Replica counts where each rank has two slots; fewer are tried where there are many slots."""
+    parts = room.num_slots / 320  # of 256 experts on 160 ranks
     return improve_pairs(
         load,
         _replicate(load, room),
         num_slots=room.num_slots,
         max_replicas=max_replicas(load.shape[1], room.num_slots, room.num_ranks),
-        num_tries=max(1, min(effort.pair_tries, effort.pair_tries * 320 // room.num_slots)),
+        num_tries=max(1, int(effort.pair_tries / max(1.0, parts * parts))),
         least=room.least,
     )
 
 
 def _best_of(
-    candidates: Int[Array, "candidates L S"], heights: Float[Array, "candidates L"]
-) -> Int[Array, "L S"]:
-    best = heights.argmin(axis=0)
-    return jnp.take_along_axis(candidates, best[None, :, None], axis=0)[0]
+    candidates: Int[Array, "candidates L S"], heights: Float[Array, "candidates L"], number: int
+) -> Int[Array, "number L S"]:
+    """So many of each layer's candidates, the lowest first."""
+    order = jnp.argsort(heights, axis=0, stable=True)[:number]
+    return jnp.take_along_axis(candidates, order[..., None], axis=0)

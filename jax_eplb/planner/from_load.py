@@ -19,7 +19,8 @@ from jax_eplb.planner.fresh import (
 )
 from jax_eplb.planner.refine import refine
 from jax_eplb.planner.sizes import Sizes
-from jax_eplb.planner.topology import groups_to_nodes, home_nodes, spread_over_nodes
+from jax_eplb.planner.spread import spread_over_nodes
+from jax_eplb.planner.topology import groups_to_nodes, home_nodes
 
 
 def from_load(windows, capacity, cross_node_weight, sizes: Sizes) -> Int[Array, "L S"]:
@@ -33,36 +34,42 @@ def from_load(windows, capacity, cross_node_weight, sizes: Sizes) -> Int[Array, 
             num_groups=sizes.num_groups,
         )
     load = windows.sum(axis=0)
+    home = None
     if sizes.num_groups == 1 or sizes.num_nodes == 1:
         slots = _search(windows, capacity, sizes)
     else:
-        slots = _with_groups(windows, capacity, cross_node_weight, sizes)
+        order = groups_to_nodes(
+            load, num_groups=sizes.num_groups, num_nodes=sizes.num_nodes, capacity=capacity
+        )
+        slots = _on_nodes(windows, capacity, order, sizes)
+        home = home_nodes(order, sizes.num_nodes)
+    if not sizes.spread and cross_node_weight is None:
+        return slots
     if sizes.spread:
         slots = spread_over_nodes(
             slots,
             load,
             num_ranks=sizes.num_ranks,
             num_nodes=sizes.num_nodes,
-            capacity=capacity,
-        )
-        slots = refine(
-            slots,
-            load,
-            num_ranks=sizes.num_ranks,
-            max_rounds=sizes.num_slots,
             limits=Limits(capacity),
-            num_nodes=sizes.num_nodes,
-            spread=True,
+            least=sizes.least(load.shape[1]),
         )
-    return slots
+    return refine(
+        slots,
+        load,
+        num_ranks=sizes.num_ranks,
+        max_rounds=sizes.num_slots,
+        limits=Limits(capacity, home=home, cross_node_weight=cross_node_weight),
+        num_nodes=sizes.num_nodes,
+        spread=sizes.spread,
+    )
 
 
 def _search(windows, capacity, sizes: Sizes) -> Int[Array, "L S"]:
     """The search for the split, the effort and the number of windows."""
     _, num_layers, num_experts = windows.shape
     effort = effort_of(sizes.effort)
-    least = 2 if sizes.spread and sizes.num_slots >= 2 * num_experts else 1
-    room = Room(sizes.num_slots, sizes.num_ranks, capacity, least)
+    room = Room(sizes.num_slots, sizes.num_ranks, capacity, sizes.least(num_experts))
     if sizes.num_slots // sizes.num_ranks >= num_experts:
         return every_expert_everywhere(num_layers, num_experts, room)
     if sizes.split == "balanced":
@@ -72,37 +79,21 @@ def _search(windows, capacity, sizes: Sizes) -> Int[Array, "L S"]:
     return fresh_windows(windows, room, effort)
 
 
-def _with_groups(windows, capacity, cross_node_weight, sizes: Sizes) -> Int[Array, "L S"]:
-    """Groups to nodes, then each node for itself; with a weight, swaps between nodes after that."""
-    load = windows.sum(axis=0)
-    order = groups_to_nodes(
-        load, num_groups=sizes.num_groups, num_nodes=sizes.num_nodes, capacity=capacity
-    )
+def _on_nodes(windows, capacity, order, sizes: Sizes) -> Int[Array, "L S"]:
+    """Each node for itself, with the experts whose groups belong there."""
     on_node = sizes._replace(
         num_slots=sizes.num_slots // sizes.num_nodes,
         num_ranks=sizes.num_ranks // sizes.num_nodes,
         num_nodes=1,
         num_groups=1,
     )
-    slots = node_by_node(
+    return node_by_node(
         lambda windows, capacity, _: _search(windows, capacity, on_node),
         order,
         windows,
         capacity,
         None,
         sizes.num_nodes,
-    )
-    if cross_node_weight is None:
-        return slots
-    return refine(
-        slots,
-        load,
-        num_ranks=sizes.num_ranks,
-        max_rounds=sizes.num_slots,
-        limits=Limits(
-            capacity, home=home_nodes(order, sizes.num_nodes), cross_node_weight=cross_node_weight
-        ),
-        num_nodes=sizes.num_nodes,
     )
 
 
@@ -121,9 +112,13 @@ def node_by_node(
     if table is not None:
         layers = jnp.arange(num_layers)[:, None]
         place = jnp.broadcast_to(jnp.arange(num_experts, dtype=jnp.int32), order.shape)
-        place = jnp.zeros_like(order).at[layers, order].set(place) % per_node
-        own = jnp.take_along_axis(place, table, axis=1, mode="fill", fill_value=per_node)
-        tables = own.reshape(num_layers, num_nodes, -1).swapaxes(0, 1)
+        place = jnp.zeros_like(order).at[layers, order].set(place)
+        place = jnp.take_along_axis(place, table, axis=1, mode="fill", fill_value=num_experts)
+        by_rank = place.reshape(num_layers, num_nodes, -1).swapaxes(0, 1)
+        first = per_node * jnp.arange(num_nodes, dtype=jnp.int32)[:, None, None]
+        own = (by_rank >= first) & (by_rank < first + per_node)
+        # An expert that belongs on another node leaves an empty slot.
+        tables = jnp.where(own, by_rank - first, per_node)
     slots = jax.vmap(plan_node)(loads, speeds, tables)  # [Q, L, S / Q]
     experts = jnp.take_along_axis(by_node, slots, axis=2, mode="fill", fill_value=num_experts)
     return experts.swapaxes(0, 1).reshape(num_layers, -1)

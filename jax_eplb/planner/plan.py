@@ -5,7 +5,7 @@ Axes: W windows, L layers, E experts, S slots, P ranks, N = S / P slots of a ran
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,10 +16,20 @@ from jaxtyping import Array, Float, Int, Num
 
 from jax_eplb.placement import Placement, check_layer_ids, check_sizes
 from jax_eplb.planner.bound import lower_bound
+from jax_eplb.planner.deepseek import usable_groups
 from jax_eplb.planner.effort import effort_of
 from jax_eplb.planner.from_load import from_load
 from jax_eplb.planner.from_previous import from_previous
-from jax_eplb.planner.inputs import MAX_LOAD, check_capacity, check_load, check_topology
+from jax_eplb.planner.inputs import (
+    MAX_LOAD,
+    check_capacity,
+    check_cross_node_weight,
+    check_load,
+    check_method,
+    check_moves,
+    check_previous,
+    check_topology,
+)
 from jax_eplb.planner.replan import count_moves
 from jax_eplb.planner.score import score_balanced, score_even
 from jax_eplb.planner.sizes import Sizes
@@ -80,19 +90,23 @@ def plan(
     split: how the layer will divide an expert's tokens among its replicas, "even" or "balanced".
     effort: "fast" (one way to replicate, windows added up), "default" or "best".
     method: "search", or "deepseek" for the plans of deepseek-ai/EPLB, slot for slot.
-    num_nodes, num_groups: the groups of experts that a router picks from stay on one node each.
+    num_nodes, num_groups: the groups of experts that a router picks from stay on one node each. A
+        layer of `previous` in which they do not is left so where `max_moves` does not suffice.
     cross_node_weight: let them leave it where that lowers imbalance by more than this weight times
         the part of the tokens that is then served elsewhere.
     spread_replicas: the replicas of an expert are on two nodes at least; with S >= 2 E every expert
-        has two.
+        has two. With `max_moves`, as far as these suffice.
     capacity: relative speed of each rank. A rank of speed 0 holds nothing: its slots hold the id E.
+        What must move because ranks are gone or came back moves even past `max_moves`.
+    layer_ids: the layers' own numbers; by default those of `previous`, else 0, 1, ...
 
     Deterministic: every process that plans from the same load gets the same plan. Works under
     `jit` and `vmap` with the sizes static; values are then not checked. A second plan of the same
     shapes compiles nothing. Without `previous`, experts within a rank stand in ascending order.
 
-    Raises ValueError for NaN, negative or too large loads, S not divisible by P, S < E, and for
-    numbers of nodes and groups that do not divide.
+    Raises ValueError for NaN, negative or too large loads, S not divisible by P, S < E, numbers of
+    nodes and groups that do not divide (as in deepseek-ai/EPLB, "deepseek" takes one group on one
+    node instead), too few slots on ranks of a speed above 0, and arguments that exclude each other.
 
     >>> result = plan(np.array([[8, 4, 2, 2]]), num_slots=6, num_ranks=2)
     >>> result.placement.slot_to_expert.tolist(), result.imbalance.tolist()
@@ -107,34 +121,38 @@ def plan(
         )
     num_layers, num_experts = load.shape[-2:]
     check_sizes(num_experts, num_slots, num_ranks)
-    ids = tuple(int(i) for i in (range(num_layers) if layer_ids is None else layer_ids))
+    if layer_ids is None:
+        layer_ids = previous.layer_ids if isinstance(previous, Placement) else range(num_layers)
+    ids = tuple(int(i) for i in layer_ids)
     check_layer_ids(ids, num_layers)
-    check_topology(num_experts, num_ranks, num_nodes, num_groups, spread_replicas)
     if split not in ("even", "balanced"):
         raise ValueError(f"split {split!r} must be 'even' or 'balanced'")
-    if method not in ("search", "deepseek"):
-        raise ValueError(f"method {method!r} must be 'search' or 'deepseek'")
+    check_method(
+        method,
+        max_moves=max_moves is not None,
+        cross_node_weight=cross_node_weight is not None,
+        spread_replicas=spread_replicas,
+        capacity=capacity is not None,
+    )
+    if method == "deepseek":
+        num_nodes, num_groups = usable_groups(num_experts, num_ranks, num_nodes, num_groups)
+    check_topology(num_experts, num_ranks, num_nodes, num_groups, spread_replicas)
+    weight = check_cross_node_weight(cross_node_weight, num_nodes, num_groups, spread_replicas)
     if max_moves is not None and previous is None:
         raise ValueError("max_moves needs the placement in force: give previous")
     effort_of(effort)
     if not isinstance(load, Tracer):
         load = check_load(np.asarray(load), ids)
     if capacity is not None:
-        capacity = check_capacity(capacity, num_experts, num_slots, num_ranks)
+        nodes = num_nodes if num_groups > 1 else 1
+        capacity = check_capacity(capacity, num_experts, num_slots, num_ranks, nodes)
     table = None
     if previous is not None:
-        table = previous.slot_to_expert if isinstance(previous, Placement) else previous
-        if table.shape != (num_layers, num_slots):
-            raise ValueError(
-                f"previous has shape {table.shape}; expected {(num_layers, num_slots)}, "
-                "the layers of the load and the slots of the plan"
-            )
-        table = jnp.asarray(table, jnp.int32)
-    limit = None if max_moves is None else jnp.broadcast_to(jnp.asarray(max_moves), (num_layers,))
+        table = _table_in_force(previous, num_experts, num_slots, num_ranks, ids)
+    limit = check_moves(max_moves, num_layers)
     sizes = Sizes(
         num_slots, num_ranks, split, effort, method, num_nodes, num_groups, spread_replicas
     )
-    weight = None if cross_node_weight is None else jnp.float32(cross_node_weight)
     windows = jnp.asarray(load if load.ndim == 3 else load[None], jnp.float32)
     slots, *figures = _plan_layers(windows, table, limit, capacity, weight, sizes)
     return Plan(Placement(slots, num_experts, num_ranks, ids), *figures)
@@ -143,20 +161,42 @@ def plan(
 def frontier(
     load: Num[Array, "*windows L E"] | np.ndarray,
     previous: Placement,
-    max_moves: Sequence[int | None],
+    max_moves: Iterable[int | None],
     **options: Any,
-) -> list[Plan]:
-    """Plans from `previous` with each of several limits of moves; None is no limit.
+) -> Iterator[Plan]:
+    """Plans from `previous` with each of several limits of moves in turn; None is no limit.
 
     What more moves would buy. Takes the other arguments of `plan`.
 
     >>> before = Placement.default(num_experts=4, num_ranks=2)
-    >>> [p.imbalance.tolist() for p in frontier(np.array([[6, 6, 1, 1]]), before, [0, None])]
-    [[0.7142857313156128], [0.0]]
+    >>> plans = frontier(np.array([[6, 6, 1, 1]]), before, [0, 2], effort="fast")
+    >>> [(p.moves.tolist(), p.imbalance.round(2).tolist()) for p in plans]
+    [([0], [0.7099999785423279]), ([2], [0.0])]
     """
     sizes = previous.num_slots, previous.num_ranks
-    options.setdefault("layer_ids", previous.layer_ids)
-    return [plan(load, *sizes, previous=previous, max_moves=m, **options) for m in max_moves]
+    for limit in max_moves:
+        yield plan(load, *sizes, previous=previous, max_moves=limit, **options)
+
+
+def _table_in_force(
+    previous: Placement | Int[Array, "L S"],
+    num_experts: int,
+    num_slots: int,
+    num_ranks: int,
+    layer_ids: tuple[int, ...],
+) -> Int[Array, "L S"]:
+    if not isinstance(previous, Placement):
+        table = previous
+    else:
+        for name, theirs, ours in (
+            ("experts", previous.num_experts, num_experts),
+            ("ranks", previous.num_ranks, num_ranks),
+            ("layers", previous.layer_ids, layer_ids),
+        ):
+            if theirs != ours:
+                raise ValueError(f"previous is of {name} {theirs}, the plan of {name} {ours}")
+        table = previous.slot_to_expert
+    return check_previous(table, (len(layer_ids), num_slots), num_experts, layer_ids)
 
 
 @functools.partial(jax.jit, static_argnames="sizes")
@@ -194,6 +234,7 @@ def _plan_layers(
         num_ranks=sizes.num_ranks,
         split=sizes.split,
         capacity=capacity,
+        simple=effort_of(sizes.effort).simple_bound,
     )
     moves = None if previous is None else count_moves(slots, previous, num_experts)
     cross = None

@@ -13,6 +13,7 @@ from jax_eplb.planner.balanced import refine_balanced
 from jax_eplb.planner.changes import Limits
 from jax_eplb.planner.refine import refine
 from jax_eplb.planner.scenarios import draw_scenarios, enough_scenarios
+from jax_eplb.planner.spread import spread_over_nodes
 from jax_eplb.planner.windows import refine_windows
 from jax_eplb.split import count_replicas
 
@@ -76,6 +77,46 @@ def replan(
     )
 
 
+def replan_over_nodes(
+    load: Float[Array, "L E"],
+    start: Int[Array, "L S"],
+    previous: Int[Array, "L S"],
+    *,
+    num_ranks: int,
+    num_nodes: int,
+    max_moves: Int[Array, "L"],
+    capacity: Float[Array, "P"] | None = None,
+    least: int | None = None,
+    home: Int[Array, "L E"] | None = None,
+    cross_node_weight: Float[Array, ""] | None = None,
+) -> Int[Array, "L S"]:
+    """Change `start` as in `replan`, for nodes: by swaps alone, under the even split of one load.
+
+    With `least`, replicas are spread over nodes first (see `spread_over_nodes`) and stay so; with
+    `home` and a weight, tokens served off their expert's home node have a price (see `refine`).
+    `max_moves` counts from `previous`, moves that repairs force apart.
+    """
+    speeds = jnp.ones(num_ranks) if capacity is None else capacity
+    repaired = repair(load, previous, num_ranks=num_ranks, capacity=speeds)
+    forced = count_moves(repaired, previous, load.shape[1])
+    limits = Limits(capacity, repaired, jnp.maximum(max_moves - forced, 0))
+    start = repair(load, start, num_ranks=num_ranks, capacity=speeds)
+    if least is not None:
+        start = spread_over_nodes(
+            start, load, num_ranks=num_ranks, num_nodes=num_nodes, limits=limits, least=least
+        )
+    return refine(
+        start,
+        load,
+        num_ranks=num_ranks,
+        max_rounds=start.shape[1],
+        limits=limits._replace(home=home, cross_node_weight=cross_node_weight),
+        num_nodes=num_nodes,
+        spread=least is not None,
+        least_gain=_LEAST_GAIN,
+    )
+
+
 def keep_places(
     slot_to_expert: Int[Array, "L S"], previous: Int[Array, "L S"], num_ranks: int
 ) -> Int[Array, "L S"]:
@@ -104,6 +145,7 @@ def _as_distinct(experts: Int[Array, "L P N"]) -> Int[Array, "L P N"]:
     return experts * per_rank + (same & earlier[None, None]).astype(jnp.int32).sum(axis=-1)
 
 
+@functools.partial(jax.jit, static_argnames="num_ranks")
 def repair(
     load: Float[Array, "L E"],
     slot_to_expert: Int[Array, "L S"],

@@ -36,8 +36,8 @@ def replicate(
     further replica of a hot expert would only meet another hot one, an all but empty slot is worth
     more. Every expert gets at least `least` replicas, and at most `max_replicas`; by default only
     the other experts' need of a slot bounds them. `live`: the slots to give out and the ranks they
-    are on, where some ranks hold nothing. Raises ValueError where S slots cannot be given
-    out so.
+    are on, where some ranks hold nothing; where they are too few for `least`, it is 1. Raises
+    ValueError where S slots cannot be given out so.
 
     >>> replicate(jnp.array([[10.0, 5, 2, 15, 8]]), 9).tolist()
     [[2, 1, 1, 3, 2]]
@@ -49,8 +49,12 @@ def replicate(
             f"{num_slots} slots for {num_experts} experts of {least} to {bound} replicas; "
             f"use {num_experts * least} to {num_experts * bound} slots"
         )
-    slots, ranks = (num_slots, bound) if live is None else live
-    spare, bound = slots - least * num_experts, jnp.minimum(ranks, bound)
+    slots, first = num_slots, least
+    if live is not None:
+        slots, ranks = live
+        bound = jnp.minimum(ranks, bound)
+        first = jnp.where(slots < least * num_experts, 1, first)
+    spare = slots - first * num_experts
     load = load.astype(jnp.float32).T  # [E, L]
     ids = jnp.arange(num_experts, dtype=jnp.int32)[:, None]
 
@@ -63,5 +67,5 @@ def replicate(
         winner = jnp.where(claim == strongest, ids, num_experts).min(axis=0, keepdims=True)
         return replicas + (ids == winner).astype(jnp.int32)
 
-    start = jnp.full((num_experts, num_layers), least, jnp.int32)
+    start = jnp.full((num_experts, num_layers), first, jnp.int32)
     return jax.lax.fori_loop(0, spare, give, start).T

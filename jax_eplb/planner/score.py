@@ -8,6 +8,9 @@ from jaxtyping import Array, Float, Int
 
 from jax_eplb.split import balanced_split, even_split, slowness_of, sum_by_rank
 
+# Half of what the layer takes, since many windows are to be scored.
+_STEPS = 20
+
 
 def even_heights(
     load: Float[Array, "*windows L E"],
@@ -45,10 +48,14 @@ def score_balanced(
 ) -> Float[Array, "L"]:
     """Imbalance under the balanced split, the mean over the windows with tokens.
 
+    At most about 0.0005 above that of the best division (see `balanced_split`).
+
     >>> score_balanced(jnp.array([[3.0, 2.0, 1.0]]), jnp.array([[0, 1, 0, 2]]), 2).tolist()
     [0.0]
     """
-    tokens = balanced_split(load, slot_to_expert, load.shape[-1], num_ranks, capacity=capacity)
+    tokens = balanced_split(
+        load, slot_to_expert, load.shape[-1], num_ranks, capacity=capacity, num_steps=_STEPS
+    )
     return _mean_imbalance(_by_speed(sum_by_rank(tokens, num_ranks), capacity), load)
 
 

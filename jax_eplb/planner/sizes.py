@@ -14,3 +14,7 @@ class Sizes(NamedTuple):
     num_nodes: int
     num_groups: int
     spread: bool
+
+    def least(self, num_experts: int) -> int:
+        """Replicas of every expert: two, for two nodes, where there are slots enough."""
+        return 2 if self.spread and self.num_slots >= 2 * num_experts else 1

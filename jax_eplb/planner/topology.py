@@ -1,19 +1,14 @@
-"""Topology: groups of experts that belong on one node, and replicas that belong on several.
+"""Topology: groups of experts that belong on one node.
 
-Axes: L layers, E experts, G groups, Q nodes, S slots, P ranks, N = S / P slots of a rank.
-Rank r is on node r // (P / Q).
+Axes: L layers, E experts, G groups, Q nodes, S slots, P ranks. Rank r is on node r // (P / Q).
 """
 
-import functools
-
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jax_eplb.planner.changes import Limits
 from jax_eplb.planner.pack import pack
 from jax_eplb.planner.refine import refine
-from jax_eplb.split import slowness_of
 
 
 def groups_to_nodes(
@@ -88,87 +83,14 @@ def cross_node_share(
     return jnp.where(total > 0, 1 - at_home / jnp.where(total > 0, total, 1.0), 0.0)
 
 
-def concentrated(
-    slot_to_expert: Int[Array, "L S"], *, num_experts: int, num_nodes: int
-) -> Bool[Array, "L E"]:
-    """Experts with several replicas, all of them on one node.
-
-    >>> concentrated(jnp.array([[0, 0, 1, 2]]), num_experts=3, num_nodes=2).tolist()
-    [[True, False, False]]
-    """
-    count = _count_by_node(slot_to_expert, num_experts, num_nodes)
-    total = count.sum(axis=1)
-    return (total > 1) & (count.max(axis=1) == total)
-
-
-@functools.partial(jax.jit, static_argnames=("num_ranks", "num_nodes"))
-def spread_over_nodes(
-    slot_to_expert: Int[Array, "L S"],
-    load: Float[Array, "L E"],
-    *,
-    num_ranks: int,
-    num_nodes: int,
-    capacity: Float[Array, "P"] | None = None,
-) -> Int[Array, "L S"]:
-    """Swap slots between nodes until no expert has all of its several replicas on one node.
-
-    Losing a node then loses no expert that has two replicas. At most E swaps a layer; each brings
-    one expert to a second node, without concentrating the other expert that it moves, and leaves
-    the fuller of the two ranks emptiest. Where no such swap is left the layer stays as it is.
-
-    >>> table, load = jnp.array([[0, 1, 0, 1, 2, 3, 2, 3]]), jnp.ones((1, 4))
-    >>> spread_over_nodes(table, load, num_ranks=4, num_nodes=2).tolist()
-    [[2, 3, 0, 1, 0, 1, 2, 3]]
-    """
-    num_experts, num_slots = load.shape[1], slot_to_expert.shape[1]
-    per_rank = num_slots // num_ranks
-    slowness = slowness_of(capacity, num_ranks)[:, 0]
-    rank = jnp.arange(num_slots, dtype=jnp.int32) // per_rank
-    node = rank // (num_ranks // num_nodes)
-
-    def one_swap(slots, load):
-        count = _count_by_node(slots[None], num_experts, num_nodes)[0]  # [Q, E]
-        total = count.sum(axis=0)
-        stuck = (total > 1) & (count.max(axis=0) == total)
-        expert = jnp.argmax(stuck).astype(jnp.int32)
-        mine = slots == expert
-        share = load / jnp.maximum(total, 1).astype(jnp.float32)
-        weight = share.at[slots].get(mode="fill", fill_value=0.0)
-        height = jnp.zeros(num_ranks).at[rank].add(weight)
-        # The swap of slot s, one of the expert's, with slot t.
-        experts = slots.reshape(num_ranks, per_rank)
-        holds = (experts[:, :, None] == slots[None, None]).any(axis=1)  # [P, S], the slot's expert
-        fits = ~holds[rank] & ~holds[rank].T  # [S, S]: t's expert not on s's rank, and back
-        there = count.at[:, slots].get(mode="fill", fill_value=0)  # [Q, S]
-        others = total.at[slots].get(mode="fill", fill_value=0) - 1
-        # t's expert, once moved to the node of s, must not have all of its replicas there.
-        joins = there[node] == others[None]  # [S, S]
-        allowed = fits & (node[:, None] != node[None]) & ~(joins & (others > 0)[None])
-        allowed = allowed & mine[:, None] & (slots < num_experts)[None] & (slowness[rank] > 0)[None]
-        gain = weight[:, None] - weight[None]  # what t's rank gets
-        after = jnp.maximum(
-            (height[rank][:, None] - gain) * slowness[rank][:, None],
-            (height[rank][None] + gain) * slowness[rank][None],
-        )
-        after = jnp.where(allowed, after, jnp.inf)
-        best = jnp.argmin(after)
-        s, t = best // num_slots, best % num_slots
-        possible = stuck.any() & (after.min() < jnp.inf)
-        swapped = slots.at[s].set(slots[t]).at[t].set(slots[s])
-        return jnp.where(possible, swapped, slots), possible
-
-    def step(state):
-        swaps, _, slots = state
-        slots, swapped = jax.vmap(one_swap)(slots, load)
-        return swaps + 1, swapped.any(), slots
-
-    start = (0, jnp.bool_(True), slot_to_expert)
-    return jax.lax.while_loop(lambda s: s[1] & (s[0] < num_experts), step, start)[2]
-
-
-def _count_by_node(
+def count_by_node(
     slot_to_expert: Int[Array, "L S"], num_experts: int, num_nodes: int
 ) -> Int[Array, "L Q E"]:
+    """Replicas of each expert on each node.
+
+    >>> count_by_node(jnp.array([[0, 1, 0, 2]]), 3, 2).tolist()
+    [[[1, 1, 0], [1, 0, 1]]]
+    """
     num_layers, num_slots = slot_to_expert.shape
     node = jnp.arange(num_slots, dtype=jnp.int32) // (num_slots // num_nodes)
     layers = jnp.arange(num_layers)[:, None]
@@ -185,7 +107,7 @@ def nodes_in_force(
     >>> nodes_in_force(table, num_experts=4, num_groups=2, num_nodes=2).tolist()
     [[2, 3, 0, 1]]
     """
-    count = _count_by_node(slot_to_expert, num_experts, num_nodes)  # [L, Q, E]
+    count = count_by_node(slot_to_expert, num_experts, num_nodes)  # [L, Q, E]
     by_group = count.reshape(*count.shape[:2], num_groups, -1).sum(axis=-1)
     node = jnp.repeat(by_group.argmax(axis=1), num_experts // num_groups, axis=1)
     return jnp.argsort(node, axis=1, stable=True).astype(jnp.int32)
