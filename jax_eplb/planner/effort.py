@@ -16,7 +16,7 @@ class Effort(NamedTuple):
     swap_rounds: int
     finalists: int
     change_rounds: int
-    # Moved replicas tried where a rank has two slots (see `improve_pairs`).
+    # Moved replicas tried where a rank has two slots (see `improve_pairs`, `pair_tries_for`).
     pair_tries: int
     # Windows: ways to replicate, as powers of the mean over scenarios, and rounds for each (see
     # `rounds_for_windows`).
@@ -36,7 +36,7 @@ EFFORTS = {
         12,
         1,
         32,
-        48,
+        32,
         (1.0, 1.5, 3.0),
         80,
         8,
@@ -73,6 +73,26 @@ EFFORTS = {
 _LAYERS, _SLOTS, _RANKS = 58, 288, 36
 
 
+def ways_for(effort: Effort, num_layers: int, num_slots: int) -> tuple[tuple[float, float], ...]:
+    """The ways to replicate that are tried: with very many slots, the first ones only.
+
+    >>> [len(ways_for(EFFORTS["default"], 58, num_slots)) for num_slots in (288, 640, 2000)]
+    [5, 5, 2]
+    """
+    size = num_layers * num_slots / (_LAYERS * _SLOTS)
+    return effort.ways[: max(int(3 * len(effort.ways) / size), 2)]
+
+
+def pair_tries_for(effort: Effort, num_slots: int) -> int:
+    """How many moved replicas are tried: each takes the longer, the more slots there are.
+
+    >>> [pair_tries_for(EFFORTS["best"], num_slots) for num_slots in (96, 320, 2000)]
+    [800, 800, 20]
+    """
+    size = max(num_slots / 320, 1.0)  # of 256 experts on 160 ranks
+    return int(effort.pair_tries / size**2)
+
+
 def finalists_for(effort: Effort, num_layers: int, num_slots: int) -> int:
     """How many candidates of each layer go on.
 
@@ -96,10 +116,10 @@ def rounds_for_balanced(effort: Effort, num_layers: int, num_slots: int, num_ran
     """How many rounds the search for the balanced split gets.
 
     >>> rounds_for_balanced(EFFORTS["best"], num_layers=24, num_slots=40, num_ranks=8)
-    80
+    160
     """
     times = _LAYERS * _SLOTS * _RANKS // (num_layers * num_slots * num_ranks)
-    return effort.balanced_rounds * min(max(times, 1), 4)
+    return effort.balanced_rounds * min(max(times, 1), 8)
 
 
 def effort_of(name: str) -> Effort:

@@ -16,8 +16,10 @@ from jax_eplb.planner.changes import Limits
 from jax_eplb.planner.effort import (
     Effort,
     finalists_for,
+    pair_tries_for,
     rounds_for_balanced,
     rounds_for_windows,
+    ways_for,
 )
 from jax_eplb.planner.pack import pack
 from jax_eplb.planner.pairs import improve_pairs
@@ -40,7 +42,7 @@ class Room(NamedTuple):
 def fresh_even(load: Float[Array, "L E"], room: Room, effort: Effort) -> Int[Array, "L S"]:
     """For one load under the even split."""
     spare = room.num_slots - room.least * load.shape[1]
-    ways = effort.ways
+    ways = ways_for(effort, len(load), room.num_slots)
     if room.num_slots <= 2 * room.num_ranks and (0.0, 0.0) not in ways:
         # With few slots a rank the largest replica rules, and offset 0 makes it smallest.
         ways = ((0.0, 0.0), *ways)
@@ -64,8 +66,9 @@ def fresh_even(load: Float[Array, "L E"], room: Room, effort: Effort) -> Int[Arr
     candidates = jax.lax.map(
         lambda way: pack_and_swap(_replicate(load, room, *way)), (offsets, held_back)
     )
-    if effort.pair_tries and room.num_slots == 2 * room.num_ranks and room.capacity is None:
-        slots = pack_and_swap(_count_pairs(load, room, effort))
+    num_tries = pair_tries_for(effort, room.num_slots)
+    if num_tries and room.num_slots == 2 * room.num_ranks and room.capacity is None:
+        slots = pack_and_swap(_count_pairs(load, room, num_tries))
         candidates = jnp.concatenate([candidates, slots[None]])
 
     def height_of(slots):
@@ -73,7 +76,7 @@ def fresh_even(load: Float[Array, "L E"], room: Room, effort: Effort) -> Int[Arr
 
     if not effort.change_rounds:
         return _best_of(candidates, jax.vmap(height_of)(candidates), 1)[0]
-    number = finalists_for(effort, len(load), room.num_slots)
+    number = min(finalists_for(effort, len(load), room.num_slots), len(candidates))
     finalists = _best_of(candidates, jax.vmap(height_of)(candidates), number)
     finalists = jax.lax.map(
         lambda slots: improve(slots, effort.change_rounds, replace=True), finalists
@@ -144,15 +147,14 @@ def _pack(load: Float[Array, "L E"], count: Int[Array, "L E"], room: Room) -> In
     )
 
 
-def _count_pairs(load: Float[Array, "L E"], room: Room, effort: Effort) -> Int[Array, "L E"]:
-    """Replica counts where each rank has two slots; fewer are tried where there are many slots."""
-    parts = room.num_slots / 320  # of 256 experts on 160 ranks
+def _count_pairs(load: Float[Array, "L E"], room: Room, num_tries: int) -> Int[Array, "L E"]:
+    """Replica counts where each rank has two slots."""
     return improve_pairs(
         load,
         _replicate(load, room),
         num_slots=room.num_slots,
         max_replicas=max_replicas(load.shape[1], room.num_slots, room.num_ranks),
-        num_tries=max(1, int(effort.pair_tries / max(1.0, parts * parts))),
+        num_tries=num_tries,
         least=room.least,
     )
 

@@ -33,7 +33,7 @@ def from_previous(
 ) -> tuple[Int[Array, "L S"], Float[Array, "L"]]:
     """The placement in force with changes, or a fresh one if moves are not limited; its score."""
     num_layers, num_experts = windows.shape[1:]
-    if not effort_of(sizes.effort).powers:
+    if sizes.split == "even" and not effort_of(sizes.effort).powers:
         windows = windows.sum(axis=0, keepdims=True)
     load = windows.sum(axis=0)
     groups = {"num_experts": num_experts, "num_nodes": sizes.num_nodes}
@@ -105,7 +105,9 @@ def _changed(
     effort = effort_of(sizes.effort)
     rounds = max(sizes.num_slots // 2, 16)
     if sizes.split == "balanced":
+        # Far fewer than from scratch: this is what runs while the model serves.
         rounds = rounds_for_balanced(effort, len(previous), sizes.num_slots, sizes.num_ranks)
+        rounds = max(rounds // 4, 1)
     load = windows.sum(axis=0)
     if sizes.method == "deepseek":
         return [previous]

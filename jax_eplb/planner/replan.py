@@ -19,6 +19,8 @@ from jax_eplb.split import count_replicas
 
 # A single change must lower the fullest rank by this part, or it is not worth its move.
 _LEAST_GAIN = 1e-4
+# Half of a fresh plan's: what starts from a placement in force runs while the model serves.
+_BALANCED_SCENARIOS = 32
 
 
 def count_moves(
@@ -56,8 +58,8 @@ def replan(
     forced = count_moves(start, previous, mean.shape[1])
     # An emptied slot differs from `previous` but is no move.
     limits = Limits(capacity, start, jnp.maximum(max_moves - forced, 0))
-    scenarios = draw_scenarios(windows, num_scenarios=enough_scenarios(len(windows)))
     if split == "balanced":
+        scenarios = draw_scenarios(windows, num_scenarios=_BALANCED_SCENARIOS)
         return refine_balanced(
             start, scenarios, num_ranks=num_ranks, max_rounds=max_rounds, limits=limits
         )
@@ -72,6 +74,7 @@ def replan(
     )
     if len(windows) == 1:
         return slots
+    scenarios = draw_scenarios(windows, num_scenarios=enough_scenarios(len(windows)))
     return refine_windows(
         slots, scenarios, num_ranks=num_ranks, max_rounds=max_rounds, limits=limits
     )
