@@ -27,7 +27,8 @@ def test_more_effort_is_more_of_everything():
         assert len(less.ways) < len(more.ways)
         assert len(less.powers) < len(more.powers)
         assert less.pair_tries < more.pair_tries
-        assert less.window_rounds < more.window_rounds
+        assert less.window_rounds <= more.window_rounds
+        assert less.scenarios < more.scenarios
         assert less.balanced_rounds < more.balanced_rounds
 
 

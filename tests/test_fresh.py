@@ -18,7 +18,17 @@ from tests.greedy_reference import duplicates, greedy_plan, imbalance_of
 W, L, E, S, P = 5, 12, 8, 12, 4
 ROOM = Room(S, P, None, 1)
 # Few rounds: what is tested is the choice between candidates.
-FEW = Effort(((0.0, 0.0), (-0.5, 0.25)), 2, 1, 8, 0, (1.0, 3.0), 20, 2)
+FEW = Effort(
+    ways=((0.0, 0.0), (-0.5, 0.25)),
+    swap_rounds=2,
+    finalists=1,
+    change_rounds=8,
+    pair_tries=0,
+    scenarios=16,
+    powers=(1.0, 3.0),
+    window_rounds=20,
+    balanced_rounds=2,
+)
 
 
 def windows_of(seed=0):

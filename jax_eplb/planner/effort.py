@@ -18,8 +18,9 @@ class Effort(NamedTuple):
     change_rounds: int
     # Moved replicas tried where a rank has two slots (see `improve_pairs`, `pair_tries_for`).
     pair_tries: int
-    # Windows: ways to replicate, as powers of the mean over scenarios, and rounds for each (see
-    # `rounds_for_windows`).
+    # Windows: scenarios at least, ways to replicate, as powers of the mean over scenarios, and
+    # rounds for each (see `rounds_for_windows`).
+    scenarios: int
     powers: tuple[float, ...]
     window_rounds: int
     # Rounds for the balanced split (see `rounds_for_balanced`).
@@ -30,19 +31,31 @@ class Effort(NamedTuple):
 
 EFFORTS = {
     # One way and no windows: they are added up.
-    "fast": Effort(((-0.3, 0.0),), 4, 1, 0, 0, (), 0, 2, simple_bound=True),
+    "fast": Effort(
+        ways=((-0.3, 0.0),),
+        swap_rounds=4,
+        finalists=1,
+        change_rounds=0,
+        pair_tries=2,
+        scenarios=0,
+        powers=(),
+        window_rounds=0,
+        balanced_rounds=2,
+        simple_bound=True,
+    ),
     "default": Effort(
-        ((0.0, 0.0), (-0.4, 0.0), (-0.7, 0.0), (-0.8, 0.0), (-0.5, 0.25)),
-        12,
-        1,
-        32,
-        32,
-        (1.0, 1.5, 3.0),
-        80,
-        8,
+        ways=((0.0, 0.0), (-0.4, 0.0), (-0.7, 0.0), (-0.8, 0.0), (-0.5, 0.25)),
+        swap_rounds=12,
+        finalists=1,
+        change_rounds=32,
+        pair_tries=32,
+        scenarios=64,
+        powers=(1.0, 2.0, 6.0),
+        window_rounds=100,
+        balanced_rounds=8,
     ),
     "best": Effort(
-        (
+        ways=(
             (0.0, 0.0),
             (-0.15, 0.0),
             (-0.3, 0.0),
@@ -58,16 +71,17 @@ EFFORTS = {
             (-0.3, 0.25),
             (-0.5, 0.25),
         ),
-        6,
-        3,
-        60,
-        800,
-        (1.0, 1.5, 2.0, 3.0),
-        100,
-        20,
+        # Fewer than by default, since more candidates go on.
+        swap_rounds=6,
+        finalists=3,
+        change_rounds=60,
+        pair_tries=800,
+        scenarios=256,
+        powers=(1.0, 1.5, 2.0, 3.0, 6.0),
+        window_rounds=100,
+        balanced_rounds=20,
     ),
 }
-
 
 # What efforts are made for; smaller problems get more in the same time.
 _LAYERS, _SLOTS, _RANKS = 58, 288, 36
@@ -96,11 +110,11 @@ def pair_tries_for(effort: Effort, num_slots: int) -> int:
 def finalists_for(effort: Effort, num_layers: int, num_slots: int) -> int:
     """How many candidates of each layer go on.
 
-    >>> finalists_for(EFFORTS["best"], num_layers=58, num_slots=96)
-    9
+    >>> [finalists_for(EFFORTS["best"], 58, num_slots) for num_slots in (96, 144, 288)]
+    [14, 12, 3]
     """
     times = _LAYERS * _SLOTS // (num_layers * num_slots)
-    return min(effort.finalists * max(times, 1), len(effort.ways))
+    return min(effort.finalists * max(times, 1) ** 2, len(effort.ways))
 
 
 def rounds_for_windows(effort: Effort, num_ranks: int) -> int:

@@ -29,6 +29,10 @@ from jax_eplb.planner.scenarios import draw_scenarios, enough_scenarios, power_m
 from jax_eplb.planner.score import even_heights
 from jax_eplb.planner.windows import refine_windows
 
+# See `replicate`.
+_WINDOWS_OFFSET = -0.3
+_BALANCED_OFFSET = -0.5
+
 
 class Room(NamedTuple):
     """What there is to fill."""
@@ -86,11 +90,12 @@ def fresh_even(load: Float[Array, "L E"], room: Room, effort: Effort) -> Int[Arr
 
 def fresh_windows(windows: Float[Array, "W L E"], room: Room, effort: Effort) -> Int[Array, "L S"]:
     """For the mean over iterations of the fullest rank's load, under the even split."""
-    scenarios = draw_scenarios(windows, num_scenarios=enough_scenarios(len(windows)))
+    number = enough_scenarios(len(windows), effort.scenarios)
+    scenarios = draw_scenarios(windows, num_scenarios=number)
     mean = scenarios.mean(axis=0)
 
     def of_power(power):
-        slots = _pack(mean, _replicate(power_mean(scenarios, power), room), room)
+        slots = _pack(mean, _replicate(power_mean(scenarios, power), room, _WINDOWS_OFFSET), room)
         slots = refine_windows(
             slots,
             scenarios,
@@ -110,7 +115,7 @@ def fresh_balanced(windows: Float[Array, "W L E"], room: Room, effort: Effort) -
     scenarios = draw_scenarios(windows, num_scenarios=enough_scenarios(len(windows)))
     mean = scenarios.mean(axis=0)
     return refine_balanced(
-        _pack(mean, _replicate(mean, room, -0.5), room),
+        _pack(mean, _replicate(mean, room, _BALANCED_OFFSET), room),
         scenarios,
         num_ranks=room.num_ranks,
         max_rounds=rounds_for_balanced(effort, windows.shape[1], room.num_slots, room.num_ranks),

@@ -166,7 +166,8 @@ def frontier(
 ) -> Iterator[Plan]:
     """Plans from `previous` with each of several limits of moves in turn; None is no limit.
 
-    What more moves would buy. Takes the other arguments of `plan`.
+    What more moves would buy. Takes the other arguments of `plan`. Where the plan for an earlier
+    limit keeps to this one too and is expected to be better, a layer keeps it.
 
     >>> before = Placement.default(num_experts=4, num_ranks=2)
     >>> plans = frontier(np.array([[6, 6, 1, 1]]), before, [0, 2], effort="fast")
@@ -174,8 +175,27 @@ def frontier(
     [([0], [0.7099999785423279]), ([2], [0.0])]
     """
     sizes = previous.num_slots, previous.num_ranks
+    earlier = None
     for limit in max_moves:
-        yield plan(load, *sizes, previous=previous, max_moves=limit, **options)
+        found = plan(load, *sizes, previous=previous, max_moves=limit, **options)
+        # What replicas on one node or tokens off theirs are worth is not in the imbalance.
+        if earlier is not None and not (
+            options.get("spread_replicas") or options.get("cross_node_weight")
+        ):
+            found = _better_layers(found, earlier, limit)
+        earlier = found
+        yield found
+
+
+def _better_layers(found: Plan, earlier: Plan, limit: int | None) -> Plan:
+    keep = earlier.imbalance < found.imbalance
+    if limit is not None and earlier.moves is not None:
+        keep = keep & (earlier.moves <= limit)
+
+    def choose(one, other):
+        return jnp.where(keep.reshape(-1, *[1] * (one.ndim - 1)), one, other)
+
+    return jax.tree.map(choose, earlier, found)
 
 
 def _table_in_force(

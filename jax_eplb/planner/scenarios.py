@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-_LEAST, _MOST = 64, 128
-
 
 @functools.partial(jax.jit, static_argnames=("num_scenarios",))
 def draw_scenarios(
@@ -41,13 +39,13 @@ def draw_scenarios(
     return blurred / blurred.sum(axis=-1, keepdims=True)
 
 
-def enough_scenarios(num_windows: int) -> int:
-    """As many as windows, from 64 to 128.
+def enough_scenarios(num_windows: int, least: int = 64) -> int:
+    """As many as windows, from `least` to twice that.
 
     >>> [enough_scenarios(n) for n in (3, 100, 5000)]
     [64, 100, 128]
     """
-    return min(max(num_windows, _LEAST), _MOST)
+    return min(max(num_windows, least), 2 * least)
 
 
 def power_mean(
