@@ -12,13 +12,17 @@ from jaxtyping import Array, Float, Int
 from jax_eplb.planner.balanced import refine_balanced
 from jax_eplb.planner.changes import Limits
 from jax_eplb.planner.refine import refine
-from jax_eplb.planner.scenarios import draw_scenarios, enough_scenarios
+from jax_eplb.planner.scenarios import draw_scenarios, enough_scenarios, power_mean
+from jax_eplb.planner.score import even_heights
 from jax_eplb.planner.spread import spread_over_nodes
 from jax_eplb.planner.windows import refine_windows
 from jax_eplb.split import count_replicas
 
 # A single change must lower the fullest rank by this part, or it is not worth its move.
 _LEAST_GAIN = 1e-4
+# With windows: the power of their mean that replicas are first chosen for, and the part of the
+# moves that this may take.
+_WAYS = ((1.0, 0.5), (3.0, 1.0), (6.0, 0.5), (2.0, 0.25))
 # Half of a fresh plan's: what starts from a placement in force runs while the model serves.
 _BALANCED_SCENARIOS = 32
 
@@ -63,20 +67,35 @@ def replan(
         return refine_balanced(
             start, scenarios, num_ranks=num_ranks, max_rounds=max_rounds, limits=limits
         )
-    slots = refine(
+    if len(windows) == 1:
+        return _refine_sum(start, mean, num_ranks, max_rounds, limits)
+    scenarios = draw_scenarios(windows, num_scenarios=enough_scenarios(len(windows)))
+
+    def replan_in(way):
+        power, part = way
+        first = (limits.max_moves * part).astype(jnp.int32)
+        load = power_mean(scenarios, power)
+        slots = _refine_sum(start, load, num_ranks, max_rounds, limits._replace(max_moves=first))
+        slots = refine_windows(
+            slots, scenarios, num_ranks=num_ranks, max_rounds=max_rounds, limits=limits
+        )
+        height = even_heights(scenarios, slots, num_ranks, capacity).max(axis=-1).mean(axis=0)
+        return slots, height
+
+    slots, height = jax.lax.map(replan_in, jnp.array(_WAYS, jnp.float32))
+    best = height.argmin(axis=0)
+    return jnp.take_along_axis(slots, best[None, :, None], axis=0)[0]
+
+
+def _refine_sum(start, load, num_ranks: int, max_rounds: int, limits: Limits):
+    return refine(
         start,
-        mean,
+        load,
         num_ranks=num_ranks,
         max_rounds=max_rounds,
         replace=True,
         limits=limits,
         least_gain=_LEAST_GAIN,
-    )
-    if len(windows) == 1:
-        return slots
-    scenarios = draw_scenarios(windows, num_scenarios=enough_scenarios(len(windows)))
-    return refine_windows(
-        slots, scenarios, num_ranks=num_ranks, max_rounds=max_rounds, limits=limits
     )
 
 
