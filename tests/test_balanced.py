@@ -98,6 +98,7 @@ def test_no_more_slots_change_than_allowed():
     assert moves[2] > 0
 
 
+@pytest.mark.slow
 def test_ranks_of_capacity_zero_stay_empty_and_slow_ones_get_less():
     scenarios = scenarios_of(3)
     capacity = jnp.array([1, 0, 2, 1, 1, 0.5, 1, 1], jnp.float32)
@@ -117,6 +118,7 @@ def every_placement(num_experts, num_slots, num_ranks):
             yield sum(ranks, ())
 
 
+@pytest.mark.slow
 def test_tiny_problems_are_mostly_solved():
     tables = np.array(list(every_placement(4, 6, 3)), np.int32)
     scenarios = scenarios_of(4, (4, 20, 4))

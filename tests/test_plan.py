@@ -57,7 +57,17 @@ def zipf(num_experts, num_layers=12, seed=0):
     return np.rint(load / load.sum(axis=1, keepdims=True) * 262_144)
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+# Each shape is a compilation: the quick tests have those that differ most.
+QUICK = "few spare slots", "every expert on every rank", "one rank", "one expert"
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(shape, id=name, marks=() if name in QUICK else pytest.mark.slow)
+        for name, shape in SHAPES.items()
+    ],
+)
 @pytest.mark.parametrize("draw", LOADS.values(), ids=LOADS.keys())
 def test_every_plan_is_valid(draw, shape):
     num_experts, num_slots, num_ranks = shape
@@ -88,6 +98,7 @@ def test_any_load_gives_a_valid_plan_no_worse_than_greedys(load):
 
 
 # The last is also one of SHAPES.
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(256, 288, 36, 12), (64, 96, 32, 12), (60, 64, 8, 3)])
 @pytest.mark.parametrize("load", [0.5, 1.0, 1.5, 2.0, "zipf"])
 def test_no_layer_is_worse_than_greedys_and_the_mean_is_below(shape, load):
@@ -128,6 +139,7 @@ def least_imbalance(load, num_slots, num_ranks):
     return imbalance_of(np.tile(load, (len(tables), 1)), tables, num_ranks).min()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "effort", "above"),
     [

@@ -126,6 +126,7 @@ def test_one_load_without_opponents_has_greedy_beside_ours():
     }
 
 
+@pytest.mark.slow
 def test_bounds_of_both_splits_and_their_time():
     [table] = bounds(tiny(), [SIZE], ["sigma 1"])
     [row] = table.rows
@@ -143,6 +144,7 @@ def test_a_failing_opponent_is_a_dash_and_a_note(tmp_path):
     assert counts.rows[0]["cases"] == 0
 
 
+@pytest.mark.slow
 def test_an_opponent_plans_recordings_from_its_own_table(tmp_path):
     peer = greedy_peer(tmp_path, "assert load.shape == (2, 32)")
     with Peers([peer]) as peers:
@@ -167,6 +169,7 @@ def test_a_perfect_table_scores_nothing_and_fetches_nothing():
     assert run(lambda *_: None, windows, Size(4, 4, 2), "half") == (None, None)
 
 
+@pytest.mark.slow
 def test_moves_of_a_frontier_stay_within_their_limits():
     table = frontier_table(tiny(), SIZE, [0, 4])
     none, few = table.rows
@@ -197,6 +200,7 @@ def test_topology_figures_of_small_tables():
     assert time_imbalance(gone, np.array([[2, 2]]), np.array([0.5, 1, 0, 0])) == 0.5
 
 
+@pytest.mark.slow
 def test_a_point_of_the_scale_has_times_and_memory():
     found = scaling_point.measure(2, SIZE, "fast", repeats=1)
     assert found["memory_peak_mb"] >= found["memory_before_mb"] > 0
@@ -218,6 +222,7 @@ def test_the_figure_is_drawn_without_the_points_that_failed(tmp_path):
     assert (tmp_path / "scale.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_devices_that_are_alike_give_the_same_tables():
     loads = [draw_load(kind, 2, SIZE.experts) for kind in KINDS[:2]]
     case = Case("greedy", SIZE, loads, {"method": "deepseek"})
