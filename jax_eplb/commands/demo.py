@@ -84,7 +84,8 @@ def run(arguments: argparse.Namespace) -> None:
         unbalanced = engine(default)
         recorded = leg("text to plan from", unbalanced, history)
         planned = plan(
-            recorded.recording.expert_counts(),
+            # Steps of few tokens are mostly chance.
+            recorded.large().expert_counts(),
             num_slots=arguments.num_slots,
             num_ranks=arguments.ep_size,
             layer_ids=config.moe_layer_ids,
