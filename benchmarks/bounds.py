@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.loads import KINDS, SIZES, Size, draw_load
 from benchmarks.setting import Setting
 from benchmarks.tables import Column, Table
-from benchmarks.timing import in_turn, warm_ms
+from benchmarks.timing import time_warm
 from jax_eplb.planner.bound import lower_bound
 
 _LARGE = (SIZES[0], SIZES[3], Size(1024, 2000, 1000))
@@ -31,8 +31,7 @@ def bounds(
             for split in ("even", "balanced")
         )
         row = {"size": str(size), "load": kind, "even": even, "balanced": balanced}
-        clock = functools.partial(warm_ms, bound)
-        rows.append(row | in_turn({"bound": clock}, setting.repeats)["bound"]._asdict())
+        rows.append(row | time_warm(bound, setting.repeats)._asdict())
     columns = [
         Column("size", "E/S/P"),
         Column("load", "load"),

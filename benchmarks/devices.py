@@ -15,7 +15,7 @@ from benchmarks.balanced import balanced_imbalance
 from benchmarks.loads import KINDS, SIZES, Size, draw_load, drifted
 from benchmarks.setting import Setting, percent, plan_for, table_of
 from benchmarks.tables import Column, Table
-from benchmarks.timing import in_turn, warm_ms
+from benchmarks.timing import time_warm
 
 _WINDOWS = 16
 Device = Any  # jax.Device, which type checkers take for a variable
@@ -87,8 +87,7 @@ def _compare(case: Case, compared: tuple[Device, Device], repeats: int) -> dict:
         with jax.default_device(device):
             plans = [plan_for(case.size, load, **case.options) for load in case.loads]
             planned = functools.partial(plan_for, case.size, case.loads[0], **case.options)
-            clock = functools.partial(warm_ms, planned)
-            row[f"{which}_ms"] = in_turn({"plan": clock}, repeats)["plan"].median_ms
+            row[f"{which}_ms"] = time_warm(planned, repeats).median_ms
         tables.append(np.stack([table_of(result) for result in plans]))
         scores = [case.score(*pair) for pair in zip(tables[-1], case.loads, strict=True)]
         row[f"{which}_imbalance"] = float(np.mean(scores))

@@ -14,7 +14,7 @@ from benchmarks.loads import KINDS, SIZES, Size, draw_load, drifted
 from benchmarks.recordings import condense, fetched_experts, splits
 from benchmarks.setting import Setting, percent, plan_for, table_of
 from benchmarks.tables import Column, Table
-from benchmarks.timing import in_turn, warm_ms
+from benchmarks.timing import time_warm
 from jax_eplb.planner import Plan
 
 _SIZE = SIZES[0]
@@ -73,9 +73,7 @@ def frontier_table(setting: Setting, size: Size, limits: Sequence[int | None]) -
                 "moved": float(moves.mean()),
                 "most": int(moves.max()),
                 "gain": part_of_gain(stay, reached, fresh),
-                **in_turn({"plan": functools.partial(warm_ms, again)}, setting.repeats)[
-                    "plan"
-                ]._asdict(),
+                **time_warm(again, setting.repeats)._asdict(),
             }
         )
     columns = [

@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.loads import Size, draw_load
 from benchmarks.setting import EFFORTS, plan_for
-from benchmarks.timing import in_turn, warm_ms
+from benchmarks.timing import time_warm
 
 _KIND = "sigma 1"
 
@@ -46,7 +46,7 @@ def measure(num_layers: int, size: Size, effort: str, repeats: int) -> dict[str,
     start = time.perf_counter()
     result = jax.block_until_ready(planned())
     first = time.perf_counter() - start
-    warm = in_turn({"plan": functools.partial(warm_ms, planned)}, repeats)["plan"]
+    warm = time_warm(planned, repeats)
     assert warm.median_ms is not None
     return {
         "median_ms": warm.median_ms,

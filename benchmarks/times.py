@@ -17,7 +17,7 @@ from benchmarks.loads import Size, draw_load, drifted
 from benchmarks.peers import Peer, Peers
 from benchmarks.setting import MATCHED_EFFORT, Setting, plan_for
 from benchmarks.tables import Column, Table
-from benchmarks.timing import Times, in_turn, warm_ms
+from benchmarks.timing import Times, in_turn, time_warm, warm_ms
 
 SIZES = tuple(
     Size(*size) for size in ((256, 288, 36), (256, 320, 64), (256, 320, 160), (64, 96, 32))
@@ -118,7 +118,7 @@ def _other_sorts(setting: Setting, size: Size) -> Table:
     )
     measured: dict[str, Times] = {}
     for name in setting.track(plans, "times of other plans"):
-        measured |= in_turn({name: functools.partial(warm_ms, plans[name])}, setting.repeats)
+        measured[name] = time_warm(plans[name], setting.repeats)
     columns = [
         Column("size", "E/S/P"),
         Column("planner", "plan"),

@@ -1,5 +1,6 @@
 """Times of planners, measured in turn so that a busy machine slows all of them alike."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +23,11 @@ def warm_ms(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     jax.block_until_ready(call())
     return 1e3 * (time.perf_counter() - start)
+
+
+def time_warm(call: Callable[[], Any], rounds: int) -> Times:
+    """Median and least of several warm calls."""
+    return in_turn({"call": functools.partial(warm_ms, call)}, rounds)["call"]
 
 
 def in_turn(clocks: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Times]:

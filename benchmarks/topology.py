@@ -106,9 +106,9 @@ def spread_table(setting: Setting, sizes: Sequence[Size], kinds: Sequence[str]) 
             row[f"{name}_together"], row[f"{name}_one"] = on_one_node(table, size.experts)
         rows.append(row)
     columns = [Column("size", "E/S/P"), Column("load", "load")]
-    for name, words in (("free", "free"), ("spread", "spread")):
+    for name in ("free", "spread"):
         columns += [
-            Column(f"{name}_imbalance", f"{words}: imbalance, percent", 2),
+            Column(f"{name}_imbalance", f"{name}: imbalance, percent", 2),
             Column(f"{name}_together", "several replicas, all on one node", 1),
             Column(f"{name}_one", "all experts on one node only", 1),
         ]

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jax_eplb.planner.changes import NO_LIMITS, Limits
+from jax_eplb.planner.changes import NO_LIMITS, Limits, count_earlier
+from jax_eplb.planner.choose import choose_layers
 from jax_eplb.planner.prices import Changes, promising_changes
-from jax_eplb.split import exact_matmul, gather_replicas, slowness_of
+from jax_eplb.split import count_replicas, exact_matmul, gather_replicas, slowness_of
 
 _MOST_SCENARIOS = 64
 _PRICED_SCENARIOS = 16
@@ -115,8 +116,8 @@ def _try(search: _Search, changes: Changes, load, slowness, limits: Limits) -> _
     slots = slots.at[layers, there].set(look(search.slots, here), mode="drop")
 
     # What was promised may be wrong after other changes.
-    count = jax.vmap(lambda table: jnp.zeros(num_experts, jnp.int32).at[table].add(1, mode="drop"))
-    lost = (count(slots) == 0) & (count(search.slots) > 0)
+    count, before = (count_replicas(table, num_experts) for table in (slots, search.slots))
+    lost = (count == 0) & (before > 0)
     twice = _count_twice(slots, num_experts, len(slowness))
     allowed = taken.any(axis=1) & ~lost.any(axis=1)
     allowed = allowed & (twice <= _count_twice(search.slots, num_experts, len(slowness)))
@@ -126,14 +127,10 @@ def _try(search: _Search, changes: Changes, load, slowness, limits: Limits) -> _
     height, value = _divide(slots, load, slowness)
     helps = allowed & (value < search.value - _LEAST_GAIN)
 
-    def choose(new, old):
-        return jnp.where(helps.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-
+    now = choose_layers(helps, (slots, height, value), search[:3])
     passed = helps | (together == 1)
     return _Search(
-        choose(slots, search.slots),
-        choose(height, search.height),
-        choose(value, search.value),
+        *now,
         jnp.where(helps, together * 2, jnp.maximum(together // 2, 1)),
         search.tried + jnp.where(passed, together, 0),
     )
@@ -142,8 +139,7 @@ def _try(search: _Search, changes: Changes, load, slowness, limits: Limits) -> _
 def _count_twice(slots: Int[Array, "L S"], num_experts: int, num_ranks: int) -> Int[Array, "L"]:
     """Pairs of slots of one rank that hold the same expert."""
     ranks = slots.reshape(len(slots), num_ranks, -1)
-    same = (ranks[..., None] == ranks[..., None, :]) & (ranks < num_experts)[..., None]
-    return same.astype(jnp.int32).sum(axis=(1, 2, 3))
+    return jnp.where(ranks < num_experts, count_earlier(ranks), 0).sum(axis=(1, 2))
 
 
 def _divide(slots: Int[Array, "L S"], load: Float[Array, "L E+1 W"], slowness: Float[Array, "P 1"]):

@@ -18,6 +18,7 @@ from jax_eplb.planner.changes import (
     Change,
     Moves,
     Slots,
+    moves_of_swap,
 )
 
 _NOWHERE = jnp.iinfo(jnp.int32).max
@@ -82,7 +83,7 @@ def best_change(
     if moves is not None:
         was_own = _of_rank(moves.previous, fullest)
         moved = (slots.experts != moves.previous).astype(jnp.int32)
-        swap_terms.append(lambda i, _: _too_many_moves(view, moves, was_own, moved, i))
+        swap_terms.append(lambda i, _: _too_many_moves(view, moves, was_own, i))
     if spread_nodes > 1:
         swap_terms.append(_concentration(view, spread_nodes))
     if away is not None:
@@ -193,13 +194,11 @@ def _count_and_load(view: _View, i) -> tuple[Float[Array, "L"], Float[Array, "L"
 
 
 def _too_many_moves(
-    view: _View, moves: Moves, was_own: Int[Array, "N L"], moved: Int[Array, "P N L"], i
+    view: _View, moves: Moves, was_own: Int[Array, "N L"], i
 ) -> Float[Array, "P N L"]:
     """inf for the swaps that would move more slots than may still move, else 0."""
-    moved_here = (view.own[i] != was_own[i]).astype(jnp.int32)
-    back = (view.slots.experts != was_own[i][None, None]).astype(jnp.int32)
-    there = (view.own[i][None, None] != moves.previous).astype(jnp.int32)
-    cost = back + there - moved - moved_here[None, None]
+    own, was = view.own[i][None, None], was_own[i][None, None]
+    cost = moves_of_swap(own, view.slots.experts, was, moves.previous)
     return jnp.where(cost <= moves.left[None, None], 0.0, jnp.inf)
 
 

@@ -37,6 +37,38 @@ class Limits(NamedTuple):
 NO_LIMITS = Limits()
 
 
+def moves_of_swap(
+    one: Int[Array, "..."],
+    other: Int[Array, "..."],
+    was_one: Int[Array, "..."],
+    was_other: Int[Array, "..."],
+) -> Int[Array, "..."]:
+    """How many more slots differ from what they held once `one` and `other` have changed places.
+
+    >>> moves_of_swap(*jnp.array([[5], [6], [5], [6]])).tolist()  # both leave where they were
+    [2]
+    """
+
+    def differs(expert, was):
+        return (expert != was).astype(jnp.int32)
+
+    after = differs(other, was_one) + differs(one, was_other)
+    return after - differs(one, was_one) - differs(other, was_other)
+
+
+def count_earlier(experts: Int[Array, "... N"]) -> Int[Array, "... N"]:
+    """How many earlier slots of the same rank hold the same expert.
+
+    >>> count_earlier(jnp.array([[3, 1, 3, 3]])).tolist()
+    [[0, 0, 1, 2]]
+    """
+    per_rank = experts.shape[-1]
+    earlier = jnp.tril(jnp.ones((per_rank, per_rank), bool), -1)
+    same = experts[..., :, None] == experts[..., None, :]
+    earlier = earlier.reshape(*[1] * (experts.ndim - 1), per_rank, per_rank)
+    return (same & earlier).astype(jnp.int32).sum(axis=-1)
+
+
 class Moves(NamedTuple):
     """What may still move."""
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from jax_eplb.placement import max_replicas
 from jax_eplb.planner.balanced import refine_balanced
 from jax_eplb.planner.changes import Limits
+from jax_eplb.planner.choose import lowest_of
 from jax_eplb.planner.effort import (
     Effort,
     finalists_for,
@@ -79,13 +80,13 @@ def fresh_even(load: Float[Array, "L E"], room: Room, effort: Effort) -> Int[Arr
         return even_heights(load, slots, room.num_ranks, room.capacity).max(axis=-1)
 
     if not effort.change_rounds:
-        return _best_of(candidates, jax.vmap(height_of)(candidates), 1)[0]
+        return lowest_of(candidates, jax.vmap(height_of)(candidates), 1)[0]
     number = min(finalists_for(effort, len(load), room.num_slots), len(candidates))
-    finalists = _best_of(candidates, jax.vmap(height_of)(candidates), number)
+    finalists = lowest_of(candidates, jax.vmap(height_of)(candidates), number)
     finalists = jax.lax.map(
         lambda slots: improve(slots, effort.change_rounds, replace=True), finalists
     )
-    return _best_of(finalists, jax.vmap(height_of)(finalists), 1)[0]
+    return lowest_of(finalists, jax.vmap(height_of)(finalists), 1)[0]
 
 
 def fresh_windows(windows: Float[Array, "W L E"], room: Room, effort: Effort) -> Int[Array, "L S"]:
@@ -107,7 +108,7 @@ def fresh_windows(windows: Float[Array, "W L E"], room: Room, effort: Effort) ->
         return slots, heights.max(axis=-1).mean(axis=0)
 
     candidates, heights = jax.lax.map(of_power, jnp.array(effort.powers, jnp.float32))
-    return _best_of(candidates, heights, 1)[0]
+    return lowest_of(candidates, heights, 1)[0]
 
 
 def fresh_balanced(windows: Float[Array, "W L E"], room: Room, effort: Effort) -> Int[Array, "L S"]:
@@ -162,11 +163,3 @@ def _count_pairs(load: Float[Array, "L E"], room: Room, num_tries: int) -> Int[A
         num_tries=num_tries,
         least=room.least,
     )
-
-
-def _best_of(
-    candidates: Int[Array, "candidates L S"], heights: Float[Array, "candidates L"], number: int
-) -> Int[Array, "number L S"]:
-    """So many of each layer's candidates, the lowest first."""
-    order = jnp.argsort(heights, axis=0, stable=True)[:number]
-    return jnp.take_along_axis(candidates, order[..., None], axis=0)

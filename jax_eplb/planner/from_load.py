@@ -25,15 +25,15 @@ from jax_eplb.planner.topology import groups_to_nodes, home_nodes
 
 def from_load(windows, capacity, cross_node_weight, sizes: Sizes) -> Int[Array, "L S"]:
     """A placement from load alone, with the topology that is asked for."""
+    load = windows.sum(axis=0)
     if sizes.method == "deepseek":
         return deepseek_plan(
-            windows.sum(axis=0),
+            load,
             num_slots=sizes.num_slots,
             num_ranks=sizes.num_ranks,
             num_nodes=sizes.num_nodes,
             num_groups=sizes.num_groups,
         )
-    load = windows.sum(axis=0)
     home = None
     if sizes.num_groups == 1 or sizes.num_nodes == 1:
         slots = _search(windows, capacity, sizes)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jax_eplb.planner.choose import choose_layers
 from jax_eplb.planner.effort import effort_of, rounds_for_balanced
 from jax_eplb.planner.from_load import from_load, node_by_node
 from jax_eplb.planner.replan import count_moves, keep_places, repair, replan, replan_over_nodes
@@ -61,11 +62,11 @@ def from_previous(
     ]
     best = changed[0]
     for other in changed[1:]:
-        best = _choose(_better(other, best), other, best)
+        best = choose_layers(_better(other, best), other, best)
     if max_moves is None:
         fresh = from_load(windows, capacity, cross_node_weight, sizes)
         fresh = candidate(keep_places(fresh, previous, sizes.num_ranks))
-        best = _choose(_better(fresh, best, _WORTH_MOVING), fresh, best)
+        best = choose_layers(_better(fresh, best, _WORTH_MOVING), fresh, best)
 
     # A placement that holds what it must, and is as good, stays.
     live = jnp.ones(sizes.num_ranks, bool) if capacity is None else capacity > 0
@@ -78,19 +79,13 @@ def from_previous(
         # To bring the groups to nodes may take more moves than there are.
         better = better | (away(previous) > 0)
         better = better & (count_moves(best.slots, previous, num_experts) <= limit)
-    best = _choose(better | amiss, best, before)
+    best = choose_layers(better | amiss, best, before)
     return best.slots, best.imbalance
 
 
 def _better(one: _Candidate, other: _Candidate, by: float = 0.0) -> Bool[Array, "L"]:
     safer = one.at_risk < other.at_risk
     return safer | ((one.at_risk == other.at_risk) & (one.cost < other.cost - by))
-
-
-def _choose(which: Bool[Array, "L"], one: _Candidate, other: _Candidate) -> _Candidate:
-    slots = jnp.where(which[:, None], one.slots, other.slots)
-    rest = jax.tree.map(lambda a, b: jnp.where(which, a, b), one[1:], other[1:])
-    return _Candidate(slots, *rest)
 
 
 def _groups_are_kept(cross_node_weight, sizes: Sizes) -> bool:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from jax_eplb.placement import Placement, check_layer_ids, check_sizes
 from jax_eplb.planner.bound import lower_bound
+from jax_eplb.planner.choose import choose_layers
 from jax_eplb.planner.deepseek import usable_groups
 from jax_eplb.planner.effort import effort_of
 from jax_eplb.planner.from_load import from_load
@@ -191,11 +192,7 @@ def _better_layers(found: Plan, earlier: Plan, limit: int | None) -> Plan:
     keep = earlier.imbalance < found.imbalance
     if limit is not None and earlier.moves is not None:
         keep = keep & (earlier.moves <= limit)
-
-    def choose(one, other):
-        return jnp.where(keep.reshape(-1, *[1] * (one.ndim - 1)), one, other)
-
-    return jax.tree.map(choose, earlier, found)
+    return choose_layers(keep, earlier, found)
 
 
 def _table_in_force(
@@ -234,10 +231,10 @@ def _plan_layers(
     """
     windows = jnp.where(windows > 0, jnp.minimum(windows, MAX_LOAD), 0.0)
     num_experts = windows.shape[2]
+    # One window is scored as a single load, without the axis.
+    load = windows if len(windows) > 1 else windows[0]
 
     def score(slots):
-        # One window is scored as a single load, without the axis.
-        load = windows if len(windows) > 1 else windows[0]
         each = score_balanced if sizes.split == "balanced" else score_even
         return each(load, slots, sizes.num_ranks, capacity)
 
@@ -249,7 +246,7 @@ def _plan_layers(
             windows, previous, max_moves, capacity, cross_node_weight, sizes, score
         )
     bound = lower_bound(
-        windows if len(windows) > 1 else windows[0],
+        load,
         num_slots=sizes.num_slots,
         num_ranks=sizes.num_ranks,
         split=sizes.split,

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jax_eplb.planner.balanced import refine_balanced
-from jax_eplb.planner.changes import Limits
+from jax_eplb.planner.changes import Limits, count_earlier
+from jax_eplb.planner.choose import lowest_of
 from jax_eplb.planner.refine import refine
 from jax_eplb.planner.scenarios import draw_scenarios, enough_scenarios, power_mean
 from jax_eplb.planner.score import even_heights
@@ -57,11 +58,7 @@ def replan(
     empty slots of ranks that came back are filled; these moves are made even if they are too many.
     """
     mean = windows.sum(axis=0)
-    speeds = jnp.ones(num_ranks) if capacity is None else capacity
-    start = repair(mean, previous, num_ranks=num_ranks, capacity=speeds)
-    forced = count_moves(start, previous, mean.shape[1])
-    # An emptied slot differs from `previous` but is no move.
-    limits = Limits(capacity, start, jnp.maximum(max_moves - forced, 0))
+    start, limits = _repair_in_force(mean, previous, num_ranks, max_moves, capacity)
     if split == "balanced":
         scenarios = draw_scenarios(windows, num_scenarios=_BALANCED_SCENARIOS)
         return refine_balanced(
@@ -82,9 +79,19 @@ def replan(
         height = even_heights(scenarios, slots, num_ranks, capacity).max(axis=-1).mean(axis=0)
         return slots, height
 
-    slots, height = jax.lax.map(replan_in, jnp.array(_WAYS, jnp.float32))
-    best = height.argmin(axis=0)
-    return jnp.take_along_axis(slots, best[None, :, None], axis=0)[0]
+    candidates, heights = jax.lax.map(replan_in, jnp.array(_WAYS, jnp.float32))
+    return lowest_of(candidates, heights, 1)[0]
+
+
+def _repair_in_force(
+    load, previous, num_ranks: int, max_moves, capacity
+) -> tuple[Int[Array, "L S"], Limits]:
+    """The placement in force on the ranks that there are, and what may still move from it."""
+    speeds = jnp.ones(num_ranks) if capacity is None else capacity
+    start = repair(load, previous, num_ranks=num_ranks, capacity=speeds)
+    forced = count_moves(start, previous, load.shape[1])
+    # An emptied slot differs from `previous` but is no move.
+    return start, Limits(capacity, start, jnp.maximum(max_moves - forced, 0))
 
 
 def _refine_sum(start, load, num_ranks: int, max_rounds: int, limits: Limits):
@@ -118,10 +125,8 @@ def replan_over_nodes(
     `home` and a weight, tokens served off their expert's home node have a price (see `refine`).
     `max_moves` counts from `previous`, moves that repairs force apart.
     """
+    _, limits = _repair_in_force(load, previous, num_ranks, max_moves, capacity)
     speeds = jnp.ones(num_ranks) if capacity is None else capacity
-    repaired = repair(load, previous, num_ranks=num_ranks, capacity=speeds)
-    forced = count_moves(repaired, previous, load.shape[1])
-    limits = Limits(capacity, repaired, jnp.maximum(max_moves - forced, 0))
     start = repair(load, start, num_ranks=num_ranks, capacity=speeds)
     if least is not None:
         start = spread_over_nodes(
@@ -161,10 +166,7 @@ def keep_places(
 
 def _as_distinct(experts: Int[Array, "L P N"]) -> Int[Array, "L P N"]:
     """Another number for each replica of an expert on one rank, the same for its first ones."""
-    per_rank = experts.shape[-1]
-    earlier = jnp.tril(jnp.ones((per_rank, per_rank), bool), -1)
-    same = experts[..., :, None] == experts[..., None, :]
-    return experts * per_rank + (same & earlier[None, None]).astype(jnp.int32).sum(axis=-1)
+    return experts * experts.shape[-1] + count_earlier(experts)
 
 
 @functools.partial(jax.jit, static_argnames="num_ranks")

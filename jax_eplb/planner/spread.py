@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_eplb.planner.changes import NO_LIMITS, Limits
+from jax_eplb.planner.changes import NO_LIMITS, Limits, moves_of_swap
 from jax_eplb.planner.topology import count_by_node
 from jax_eplb.split import slowness_of
 
@@ -87,9 +87,7 @@ def spread_over_nodes(
         fits = ~holds[rank] & ~holds[rank].T  # [S, S]: t's expert not on s's rank, and back
         # t's expert, once moved to the node of s, must not have all of its replicas there.
         joins = (there[node] == others[None]) & (others > 0)[None]  # [S, S]
-        cost = (slots[None] != previous[:, None]).astype(jnp.int32)
-        cost = cost + (slots[:, None] != previous[None]).astype(jnp.int32)
-        cost = cost - moved[:, None] - moved[None]
+        cost = moves_of_swap(slots[:, None], slots[None], previous[:, None], previous[None])
         allowed = fits & (node[:, None] != node[None]) & ~joins & (cost <= left)
         allowed = allowed & (of_slot(wanting, False) & (others > 0))[:, None]
         allowed = allowed & (slots < num_experts)[None] & (slow > 0)[None]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_eplb.planner.changes import NO_LIMITS, Limits
+from jax_eplb.planner.changes import NO_LIMITS, Limits, moves_of_swap
 from jax_eplb.split import count_replicas, slowness_of
 
 # How far below the fullest rank of a scenario another one still counts, as a part of the mean.
@@ -99,9 +99,7 @@ def _swap_once(search: _Search, *, slowness, previous, max_moves) -> _Search:
     if previous is not None:
         was_own = jnp.take_along_axis(previous, own, axis=0)
         away = (search.experts != previous).astype(jnp.int32)
-        cost = (experts != was_own[:, None]).astype(jnp.int32) - away[None]
-        cost = cost + (own_experts[:, None] != previous[None]).astype(jnp.int32)
-        cost = cost - (own_experts != was_own).astype(jnp.int32)[:, None]
+        cost = moves_of_swap(own_experts[:, None], experts, was_own[:, None], previous[None])
         barred = barred | (cost > (max_moves - away.sum(axis=0))[None, None])
     promise = jnp.where(barred, -jnp.inf, promise)
 
