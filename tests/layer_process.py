@@ -31,7 +31,7 @@ def main(process: int, processes: int, port: int, folder: Path) -> None:
         experts_per_token=2,
         num_slots=12,
         num_ranks=RANKS,
-        max_tokens_per_wave=16,
+        moe_max_num_tokens=16,
     )
     mesh = expert_mesh(RANKS)
     placement = Placement.from_slots(

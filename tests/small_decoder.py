@@ -10,7 +10,6 @@ from jax.sharding import PartitionSpec as P
 from jax_eplb import Placement, expert_mesh
 from jax_eplb.models import Cache, DecoderConfig, DecoderParams, decode, parameters
 from jax_eplb.models.decoder import Batch, logits_of
-from jax_eplb.moe import LayerTables
 
 SMALL = DecoderConfig(
     vocab_size=32,
@@ -89,7 +88,7 @@ class Runner:
         )
 
     def use(self, placement: Placement) -> None:
-        self.tables = LayerTables(*placement.tables())
+        self.tables = placement.tables()
         self.params = parameters.on_mesh(
             drawn_on_host(self.config),
             np.asarray(placement.slot_to_expert),

@@ -79,7 +79,7 @@ def test_a_faulty_file_is_named(tmp_path, content, message):
 
 
 def test_the_layers_config_takes_over_the_decoders_sizes():
-    moe = SMALL.moe(num_slots=16, num_ranks=4, max_tokens_per_wave=8)
+    moe = SMALL.moe(num_slots=16, num_ranks=4, moe_max_num_tokens=8)
     assert moe == MoEConfig(
         embed_dim=16,
         hidden_dim=8,
@@ -88,5 +88,5 @@ def test_the_layers_config_takes_over_the_decoders_sizes():
         num_slots=16,
         num_ranks=4,
         shared_hidden_dim=8,
-        max_tokens_per_wave=8,
+        moe_max_num_tokens=8,
     )

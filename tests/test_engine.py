@@ -12,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 from jax_eplb import Placement, Recorder, expert_mesh
 from jax_eplb.models import decode, parameters
 from jax_eplb.models.decoder import Batch, logits_of
-from jax_eplb.moe import LayerTables
 from jax_eplb.serving import Engine, Request, ServingConfig
 from tests.placement_cases import random_table
 from tests.tiny_model import CONFIG, counted_compilations, random_requests, tiny_decoder
@@ -53,7 +52,7 @@ def step_by_step(temperature, lengths=tuple(UNEVEN)):
     params = parameters.on_mesh(
         tiny_decoder().params, np.asarray(slots.slot_to_expert), CONFIG, mesh, "expert", jnp.float32
     )
-    moe, tables = CONFIG.moe(num_slots=16, num_ranks=1), LayerTables(*slots.tables())
+    moe, tables = CONFIG.moe(num_slots=16, num_ranks=1), slots.tables()
 
     def local(params, tables, tokens, length):
         positions = jnp.arange(32, dtype=jnp.int32)[None]
@@ -127,7 +126,7 @@ def test_small_waves_of_the_exchange_write_the_same():
         tiny_decoder(),
         mesh=expert_mesh(2),
         placement=placement(2),
-        serving=ServingConfig(max_batch_size=4, max_length=32, max_tokens_per_wave=4),
+        serving=ServingConfig(max_batch_size=4, max_length=32, moe_max_num_tokens=4),
     )
     assert tokens(made, random_requests(UNEVEN)) == step_by_step(0.0)
 

@@ -8,39 +8,78 @@ from jax.sharding import PartitionSpec as P
 
 from jax_eplb import expert_mesh
 from jax_eplb.kernels import grouped_matmul
-from jax_eplb.moe.exchange import ExchangeGrid, exchange
+from jax_eplb.moe.exchange import ExchangeSizes, exchange
+from jax_eplb.routing import Ranks, SlotOrder
+from tests.ragged_emulation import ragged_all_to_all
 
 RANKS, PER_RANK, T, K, D = 4, 3, 10, 2, 5
 SLOTS = RANKS * PER_RANK
-ENOUGH = T * K
+WHOLE = T * K
+ONE_WAVE = {
+    "waves": ExchangeSizes("waves", (WHOLE,), in_waves=False),
+    "waves, the lesser buffer where it does": ExchangeSizes("waves", (8, WHOLE), in_waves=False),
+    "ragged": ExchangeSizes("ragged", (WHOLE,), in_waves=False),
+    "all_gather": ExchangeSizes("all_gather", (T,), in_waves=False),
+}
+MANY_WAVES = {
+    "waves of 1": ExchangeSizes("waves", (1,), in_waves=True),
+    "waves of 3": ExchangeSizes("waves", (3,), in_waves=True),
+    "ragged in waves of 3": ExchangeSizes("ragged", (3,), in_waves=True),
+    "all_gather of 1 token": ExchangeSizes("all_gather", (1,), in_waves=True),
+    "all_gather of 4 tokens": ExchangeSizes("all_gather", (4,), in_waves=True),
+}
+EVERY = ONE_WAVE | MANY_WAVES
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
 
 
 def times_slot_weights(rows, weights, group_sizes):
     return grouped_matmul(rows, weights, group_sizes, implementation="blocked")
 
 
-@functools.cache
-def exchanger(capacity, ranks=RANKS):
-    grid = ExchangeGrid("expert", ranks, SLOTS // ranks, capacity)
-
-    def local(rows, slots, weights):
-        results, computed = exchange(times_slot_weights, grid, rows, slots, weights)
-        return results, computed[None]
-
-    axis = P("expert")
-    return jax.shard_map(
-        local, mesh=expert_mesh(ranks), in_specs=(axis, axis, axis), out_specs=(axis, axis)
+def order_of(slots):
+    """The order by slot of slots [T, K]; S for padding."""
+    flat = slots.reshape(-1)
+    choice = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    place = jnp.zeros_like(flat).at[choice].set(jnp.arange(flat.size, dtype=jnp.int32))
+    is_padding = flat >= SLOTS
+    return SlotOrder(
+        jnp.where(is_padding[choice], flat.size, choice),
+        jnp.where(is_padding, flat.size, place).reshape(slots.shape),
+        jnp.zeros(SLOTS, jnp.int32).at[flat].add(1, mode="drop"),
     )
 
 
 @functools.cache
-def results_and_gradients(capacity, ranks=RANKS):
-    @jax.jit
-    def run(rows, slots, weights, cotangent):
-        results, transpose, computed = jax.vjp(
-            lambda rows, weights: exchanger(capacity, ranks)(rows, slots, weights),
-            rows,
+def exchanger(sizes, ranks=RANKS):
+    def local(tokens, weights, slots, params):
+        out, computed = exchange(
+            times_slot_weights,
+            sizes,
+            Ranks("expert", ranks, SLOTS // ranks),
+            tokens,
             weights,
+            order_of(slots),
+            params,
+        )
+        return out, computed[None]
+
+    axis = P("expert")
+    return jax.shard_map(local, mesh=expert_mesh(ranks), in_specs=axis, out_specs=axis)
+
+
+@functools.cache
+def results_and_gradients(sizes, ranks=RANKS):
+    @jax.jit
+    def run(tokens, weights, slots, params, cotangent):
+        results, transpose, computed = jax.vjp(
+            lambda tokens, weights, params: exchanger(sizes, ranks)(tokens, weights, slots, params),
+            tokens,
+            weights,
+            params,
             has_aux=True,
         )
         return results, *transpose(cotangent), computed
@@ -49,93 +88,106 @@ def results_and_gradients(capacity, ranks=RANKS):
 
 
 def drawn(seed=0, padding=0.2):
+    """Tokens, weights, slots (different ones for each token), parameters and a cotangent."""
     generator = np.random.default_rng(seed)
 
     def normal(*shape):
         return generator.normal(size=shape).astype(np.float32)
 
-    slots = generator.integers(0, SLOTS, (RANKS * T, K)).astype(np.int32)
+    slots = np.argsort(generator.random((RANKS * T, SLOTS)), axis=1)[:, :K].astype(np.int32)
     slots[generator.random(len(slots)) < padding] = SLOTS
-    return normal(RANKS * T, D), slots, normal(SLOTS, D, D), normal(RANKS * T, K, D)
+    tokens, params, cotangent = (normal(RANKS * T, D), normal(SLOTS, D, D), normal(RANKS * T, D))
+    return tokens, normal(RANKS * T, K), slots, params, cotangent
 
 
-def by_numpy(rows, slots, weights, cotangent):
-    rows, weights, cotangent = (x.astype(np.float64) for x in (rows, weights, cotangent))
-    results, grad_rows = np.zeros(cotangent.shape), np.zeros(rows.shape)
-    grad_weights = np.zeros(weights.shape)
+def by_numpy(tokens, weights, slots, params, cotangent):
+    wide = (x.astype(np.float64) for x in (tokens, weights, params, cotangent))
+    tokens, weights, params, cotangent = wide
+    results, grad_tokens = np.zeros(cotangent.shape), np.zeros(tokens.shape)
+    grad_weights, grad_params = np.zeros(weights.shape), np.zeros(params.shape)
     for (t, k), slot in np.ndenumerate(slots):
         if slot < SLOTS:
-            results[t, k] = rows[t] @ weights[slot]
-            grad_rows[t] += weights[slot] @ cotangent[t, k]
-            grad_weights[slot] += np.outer(rows[t], cotangent[t, k])
-    return results, grad_rows, grad_weights, computed_by(slots)
+            result = tokens[t] @ params[slot]
+            results[t] += weights[t, k] * result
+            grad_tokens[t] += weights[t, k] * (params[slot] @ cotangent[t])
+            grad_weights[t, k] = result @ cotangent[t]
+            grad_params[slot] += weights[t, k] * np.outer(tokens[t], cotangent[t])
+    return results, grad_tokens, grad_weights, grad_params, computed_by(slots)
 
 
 def computed_by(slots):
     return np.bincount(slots[slots < SLOTS] // PER_RANK, minlength=RANKS)
 
 
-@pytest.mark.parametrize("capacity", [1, 3, ENOUGH])
-def test_results_gradients_and_counts_are_numpys(capacity):
+@pytest.mark.parametrize("name", EVERY)
+def test_results_gradients_and_counts_are_numpys(name):
     arrays = drawn()
-    found = results_and_gradients(capacity)(*arrays)
+    found = results_and_gradients(EVERY[name])(*arrays)
     for got, expected in zip(found, by_numpy(*arrays), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("capacity", [1, 3])
-def test_many_waves_give_the_bits_of_one(capacity):
+@pytest.mark.parametrize("name", EVERY)
+def test_every_way_to_travel_gives_the_same_bits(name):
     arrays = drawn(1)
-    many, one = results_and_gradients(capacity)(*arrays), results_and_gradients(ENOUGH)(*arrays)
-    np.testing.assert_array_equal(many[0], one[0])
-    np.testing.assert_array_equal(many[1], one[1])
-    # The weights' gradient is a sum over waves, so it is rounded in another order.
-    np.testing.assert_allclose(many[2], one[2], rtol=1e-5, atol=1e-5)
+    found = results_and_gradients(EVERY[name])(*arrays)
+    plain = results_and_gradients(ONE_WAVE["waves"])(*arrays)
+    for got, expected in zip(found[:3], plain[:3], strict=True):
+        np.testing.assert_array_equal(got, expected)
+    # The weights' gradient is a sum over waves, so it may be rounded in another order.
+    np.testing.assert_allclose(found[3], plain[3], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("capacity", [1, 3, ENOUGH])
-def test_nothing_is_dropped_when_every_token_goes_to_one_slot(capacity):
-    rows, slots, weights, cotangent = drawn(2)
-    slots[:] = 7
-    found = results_and_gradients(capacity)(rows, slots, weights, cotangent)
-    for got, expected in zip(found, by_numpy(rows, slots, weights, cotangent), strict=True):
-        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-4)
-    assert found[3].tolist() == [0, 0, RANKS * T * K, 0]
+@pytest.mark.parametrize("name", EVERY)
+def test_nothing_is_dropped_when_every_token_goes_to_the_same_rank(name):
+    tokens, weights, slots, params, cotangent = drawn(2)
+    slots[:] = [7, 6]
+    found = results_and_gradients(EVERY[name])(tokens, weights, slots, params, cotangent)
+    expected = by_numpy(tokens, weights, slots, params, cotangent)
+    for got, right in zip(found, expected, strict=True):
+        np.testing.assert_allclose(got, right, rtol=1e-5, atol=1e-4)
+    assert found[4].tolist() == [0, 0, RANKS * T * K, 0]
 
 
-def test_padding_is_neither_sent_nor_answered():
-    rows, slots, weights, cotangent = drawn(3)
+@pytest.mark.parametrize("name", EVERY)
+def test_padding_is_neither_sent_nor_answered(name):
+    tokens, weights, slots, params, cotangent = drawn(3)
     slots[:] = SLOTS
-    rows[:] = np.nan
-    results, grad_rows, grad_weights, computed = results_and_gradients(3)(
-        rows, slots, weights, cotangent
-    )
-    assert not np.asarray(results).any()
-    assert not np.asarray(grad_rows).any()
-    assert not np.asarray(grad_weights).any()
-    assert not np.asarray(computed).any()
+    tokens[:] = np.nan
+    found = results_and_gradients(EVERY[name])(tokens, weights, slots, params, cotangent)
+    for got in found:
+        assert not np.asarray(got).any()
 
 
-def test_a_rank_without_tokens_still_serves_the_others():
-    rows, slots, weights, cotangent = drawn(4, padding=0)
-    slots[T : 2 * T] = SLOTS
-    found = results_and_gradients(3)(rows, slots, weights, cotangent)
-    np.testing.assert_allclose(found[0], by_numpy(rows, slots, weights, cotangent)[0], atol=1e-5)
-    assert found[3].tolist() == computed_by(slots).tolist()
-    assert found[3][1] > 0
+@pytest.mark.parametrize("name", ["waves", "waves of 3", "ragged", "all_gather of 4 tokens"])
+def test_a_rank_without_tokens_still_serves_the_others(name):
+    tokens, weights, slots, params, cotangent = drawn(4, padding=0)
+    slots[:T] = SLOTS  # rank 0 has padding alone
+    arrays = (tokens, weights, slots, params, cotangent)
+    found, expected = results_and_gradients(EVERY[name])(*arrays), by_numpy(*arrays)
+    for got, right in zip(found, expected, strict=True):
+        np.testing.assert_allclose(got, right, rtol=1e-5, atol=1e-5)
+    assert found[4][0] > 0
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_the_bits_do_not_depend_on_the_number_of_ranks(ranks):
+@pytest.mark.parametrize("name", ["waves of 3", "waves", "ragged", "all_gather"])
+def test_fewer_ranks_give_the_same_bits(name, ranks):
     arrays = drawn(5)
-    few, four = results_and_gradients(3, ranks)(*arrays), results_and_gradients(3)(*arrays)
-    np.testing.assert_array_equal(few[0], four[0])
-    np.testing.assert_array_equal(few[1], four[1])
-    np.testing.assert_array_equal(few[3], np.reshape(four[3], (ranks, -1)).sum(axis=1))
+    sizes = EVERY[name]
+    capacities = tuple(c if c < WHOLE and name != "all_gather" else RANKS * WHOLE // ranks
+                       for c in sizes.capacities)  # fmt: skip
+    if name == "all_gather":
+        capacities = (RANKS * T // ranks,)
+    found = results_and_gradients(sizes._replace(capacities=capacities), ranks)(*arrays)
+    plain = results_and_gradients(ONE_WAVE["waves"])(*arrays)
+    for got, expected in zip(found[:3], plain[:3], strict=True):
+        np.testing.assert_array_equal(got, expected)
 
 
 def test_no_tokens_at_all_are_no_waves():
-    rows, slots = jnp.zeros((0, D)), jnp.zeros((0, K), jnp.int32)
-    results, computed = exchanger(1)(rows, slots, jnp.ones((SLOTS, D, D)))
-    assert results.shape == (0, K, D)
+    slots = jnp.zeros((0, K), jnp.int32)
+    none = jnp.zeros((0, D)), jnp.zeros((0, K)), slots, jnp.ones((SLOTS, D, D))
+    results, computed = exchanger(MANY_WAVES["waves of 1"])(*none)
+    assert results.shape == (0, D)
     assert computed.tolist() == [0] * RANKS

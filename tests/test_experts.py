@@ -55,7 +55,7 @@ def test_fresh_weights_depend_on_the_expert_and_not_on_placement_or_devices():
     for ranks in (1, RANKS):
         (table,) = random_table(np.random.default_rng(ranks), 1, E, S, ranks)
         bank = init_experts(
-            jax.random.key(0), jnp.asarray(table), one, expert_mesh(ranks), "expert"
+            jax.random.key(0), jnp.asarray(table), one, expert_mesh(ranks), P("expert")
         )
         in_order = experts_in_order(bank, table, E)
         np.testing.assert_array_equal(bank, in_order[table])  # replicas are equal
@@ -68,7 +68,7 @@ def test_a_second_bank_of_the_same_shape_compiles_nothing():
     mesh, table = expert_mesh(RANKS), jnp.arange(S) % E
     before = None
     for seed in range(3):
-        init_experts(jax.random.key(seed), table, lecun_normal(3, (3, 2)), mesh, "expert")
+        init_experts(jax.random.key(seed), table, lecun_normal(3, (3, 2)), mesh, P("expert"))
         before = before or init_experts._cache_size()
     assert init_experts._cache_size() == before
 

@@ -20,7 +20,7 @@ def drawn(*shapes):
     return [jnp.asarray(generator.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-@pytest.mark.parametrize("kernel", [None, "reference", "gathered"])
+@pytest.mark.parametrize("kernel", [None, "reference", "ragged_dot"])
 def test_each_row_passes_through_the_expert_of_its_slot_and_padding_stays_zero(kernel):
     rows, gate_up, down = drawn((9, 4), (3, 4, 10), (3, 5, 4))
     out = expert_feed_forward(
@@ -35,3 +35,25 @@ def test_the_shared_expert_serves_every_row():
     rows, gate_up, down = drawn((50, 4), (4, 10), (5, 4))
     out = shared_feed_forward(rows, SharedWeights(gate_up, down))
     np.testing.assert_allclose(out, expected(rows, gate_up, down), rtol=1e-4, atol=1e-5)
+
+
+def test_a_gated_shared_expert_counts_as_much_as_its_gate_says():
+    rows, gate_up, down, gate = drawn((50, 4), (4, 10), (5, 4), (4, 1))
+    out = shared_feed_forward(rows, SharedWeights(gate_up, down, gate))
+    share = 1 / (1 + np.exp(-np.asarray(rows, np.float64) @ np.asarray(gate)))
+    np.testing.assert_allclose(out, share * expected(rows, gate_up, down), rtol=1e-4, atol=1e-5)
+
+
+def test_biases_and_an_ungated_activation_pass_through():
+    rows, up, down, up_bias, down_bias = drawn((9, 4), (2, 4, 5), (2, 5, 4), (2, 5), (2, 4))
+    weights = ExpertWeights(up, down, up_bias, down_bias)
+    out = expert_feed_forward(rows, weights, jnp.array([3, 4]), activation="gelu")
+    for group, own in enumerate((slice(0, 3), slice(3, 7))):
+        hidden = np.asarray(rows[own], np.float64) @ np.asarray(up[group]) + np.asarray(
+            up_bias[group]
+        )
+        cubed = hidden + 0.044715 * hidden**3
+        hidden = 0.5 * hidden * (1 + np.tanh(np.sqrt(2 / np.pi) * cubed))
+        right = hidden @ np.asarray(down[group]) + np.asarray(down_bias[group])
+        np.testing.assert_allclose(out[own], right, rtol=1e-4, atol=1e-5)
+    assert not np.asarray(out[7:]).any()

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 
 from jax_eplb import MoE, MoEConfig, Placement, expert_mesh
 from jax_eplb.moe.layer import LoadCount, SlotTable
+from jax_eplb.placement import PlacementTables
 from tests.moe_reference import moe_by_numpy
 from tests.placement_cases import random_table, seeds
 
@@ -41,11 +42,12 @@ def in_expert_order(layer):
     """Gate-up and down weights [E, …], from each expert's first slot."""
     slots = np.asarray(layer.slot_to_expert[...])
     first = [int(np.flatnonzero(slots == expert)[0]) for expert in range(E)]
-    return np.asarray(layer.gate_up[...])[first], np.asarray(layer.down[...])[first]
+    gate_up = np.asarray(layer.gate_up[...])[first]
+    return gate_up.reshape(E, D, 2 * F), np.asarray(layer.down[...])[first]
 
 
 def expected_of(layer, tokens, mask=None):
-    shared = (layer.shared_gate_up[...], layer.shared_down[...])
+    shared = (layer.shared_gate_up[...].reshape(D, -1), layer.shared_down[...])
     mask = None if mask is None else mask.reshape(-1)
     flat = tokens.reshape(-1, D)
     weights = in_expert_order(layer)
@@ -93,7 +95,7 @@ def test_slots_do_not_change_the_bytes(slots):
 
 
 def test_small_waves_do_not_change_the_bytes():
-    layer = make(4, max_tokens_per_wave=4)
+    layer = make(4, moe_max_num_tokens=4)
     assert np.asarray(layer(drawn())).tobytes() == on_one_rank().tobytes()
 
 
@@ -128,7 +130,7 @@ def test_a_layer_made_under_a_placement_is_the_layer_moved_to_it():
 @pytest.mark.parametrize("seed", range(3))
 def test_use_placement_delivers_every_expert(seed):
     layer = make()
-    tagged = np.arange(E * D * 2 * F, dtype=np.float32).reshape(E, D, 2 * F)  # all different
+    tagged = np.arange(E * D * 2 * F, dtype=np.float32).reshape(E, D, 2, F)  # all different
     slots = np.asarray(layer.slot_to_expert[...])
     layer.gate_up[...] = jax.device_put(tagged[slots], layer.gate_up[...].sharding)
     for new in (placement_of(seed), placement_of(seed + 10)):
@@ -228,7 +230,7 @@ def test_the_tables_and_counts_can_be_split_from_what_is_trained():
     layer = make()
     graph, params, tables, counts = nnx.split(layer, nnx.Param, SlotTable, LoadCount)
     assert set(params) == {"router", "gate_up", "down", "shared_gate_up", "shared_down"}
-    assert set(tables) == {"slot_to_expert", "expert_to_slots", "replica_count"}
+    assert set(tables) == set(PlacementTables._fields)
     assert set(counts) == {"expert_tokens", "rank_tokens"}
     again = nnx.merge(graph, params, tables, counts)
     np.testing.assert_array_equal(again(drawn()), layer(drawn()))
@@ -244,7 +246,7 @@ def test_nnx_grad_reaches_every_parameter():
 def test_one_slot_a_rank_holds_the_weights_of_its_slots_alone():
     layer = make(8)
     shapes = {shard.data.shape for shard in layer.gate_up[...].addressable_shards}
-    assert shapes == {(S // 8, D, 2 * F)}
+    assert shapes == {(S // 8, D, 2, F)}
 
 
 def mesh_named(name):

@@ -3,6 +3,7 @@ import re
 import pytest
 
 from jax_eplb import MoEConfig
+from jax_eplb.routing import RouterConfig
 
 
 def config(**changed):
@@ -22,7 +23,15 @@ def config(**changed):
         ({"experts_per_token": 0}, "experts_per_token is 0; it must lie between 1 and"),
         ({"experts_per_token": 9}, "experts_per_token is 9; it must lie between 1 and the number "
          "of experts, 8"),
-        ({"max_tokens_per_wave": 3}, "max_tokens_per_wave is 3; a wave carries at least one token"),
+        ({"moe_max_num_tokens": 3}, "moe_max_num_tokens is 3; the least that a rank takes in a "
+         "round, with exchange 'waves', is 4 rows"),
+        ({"moe_max_num_tokens": 7, "exchange": "all_gather"}, "with exchange 'all_gather', is 8"),
+        ({"exchange": "broadcast"}, "unknown exchange 'broadcast'; use one of waves, all_gather"),
+        ({"replica_choice": "odd"}, "unknown replica_choice 'odd'; use one of even, local"),
+        ({"activation": "relu"}, "unknown activation 'relu'"),
+        ({"shared_gate": True}, "shared_gate needs a shared expert; set shared_hidden_dim"),
+        ({"ranks_per_node": 3}, "ranks_per_node is 3; it must divide the number of ranks, 4"),
+        ({"router": RouterConfig(num_groups=3)}, "8 experts do not divide into num_groups=3"),
         ({"kernel": "fast"}, "unknown grouped_matmul implementation 'fast'"),
     ],
 )  # fmt: skip
@@ -36,20 +45,37 @@ def test_equal_configs_are_one_key():
     assert config().slots_per_rank == 3
 
 
-def test_a_small_batch_never_needs_a_second_wave():
-    # All 64 choices of 32 tokens fit, even where they go to one rank.
-    assert config().wave_capacity(32) == 64
+def test_without_a_cap_one_wave_takes_all_that_one_rank_could_get():
+    # 12 slots on 4 ranks: both choices of every token can go to one rank.
+    assert config().exchange_sizes(32) == ("waves", (64,), False)
+    # Twice the even share is tried first where that is less.
+    assert config().exchange_sizes(4096) == ("waves", (2 * 4096 * 2 // 4, 4096 * 2), False)
+    assert config(exchange="ragged").exchange_sizes(4096) == ("ragged", (4096 * 2,), False)
+    assert config(exchange="all_gather").exchange_sizes(4096) == ("all_gather", (4096,), False)
 
 
-def test_a_large_batch_has_room_for_twice_the_even_share():
-    assert config().wave_capacity(4096) == 2 * 4096 * 2 // 4
+def test_a_token_goes_to_no_more_slots_than_a_rank_has():
+    one_slot = config(num_slots=8, num_ranks=8, experts_per_token=8)
+    assert one_slot.exchange_sizes(32).capacities == (32,)
 
 
-def test_the_bound_on_a_wave_is_divided_among_the_senders():
-    assert config(max_tokens_per_wave=30).wave_capacity(4096) == 7
-    assert config(max_tokens_per_wave=4).wave_capacity(4096) == 1
-    assert config(max_tokens_per_wave=4096).wave_capacity(4) == 8
+def test_the_cap_is_divided_among_the_senders():
+    assert config(moe_max_num_tokens=30).exchange_sizes(4096) == ("waves", (7,), True)
+    assert config(moe_max_num_tokens=4).exchange_sizes(4096) == ("waves", (1,), True)
+    # A cap that all fits into is none.
+    assert config(moe_max_num_tokens=4096).exchange_sizes(4) == ("waves", (8,), False)
+    gathered = config(exchange="all_gather", moe_max_num_tokens=30)
+    assert gathered.exchange_sizes(4096) == ("all_gather", (3,), True)  # 4 ranks · 3 tokens · 2
+    assert gathered.exchange_sizes(2) == ("all_gather", (2,), False)
 
 
-def test_an_empty_batch_has_a_wave_to_be_compiled():
-    assert config().wave_capacity(0) == 1
+@pytest.mark.parametrize("exchange", ["waves", "ragged", "all_gather"])
+@pytest.mark.parametrize("cap", [None, 8])
+def test_an_empty_batch_has_a_wave_to_be_compiled(exchange, cap):
+    sizes = config(exchange=exchange, moe_max_num_tokens=cap).exchange_sizes(0)
+    assert sizes.capacities == (1,)
+
+
+def test_a_gated_activation_takes_twice_the_columns():
+    assert config().gate_up_dim == 12
+    assert config(activation="gelu").gate_up_dim == 6

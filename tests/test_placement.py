@@ -7,7 +7,12 @@ import pytest
 from hypothesis import given
 
 from jax_eplb import Placement
-from jax_eplb.placement import derive_tables, fewest_slots, max_replicas
+from jax_eplb.placement import (
+    derive_tables,
+    fewest_slots,
+    max_replicas,
+    max_replicated_slots,
+)
 from tests.placement_cases import random_table, seeds, sizes
 
 
@@ -49,7 +54,16 @@ def test_the_tables_are_what_numpy_derives(drawn, seed):
             held = np.flatnonzero(row == expert)
             expected[layer, expert, : len(held)] = held
     tables = placement.tables()
-    assert tables.expert_to_slots.dtype == tables.replica_count.dtype == jnp.int32
+    assert {table.dtype for table in tables} == {jnp.dtype("int32")}
+    by_expert = np.argsort(table, axis=1, kind="stable")
+    np.testing.assert_array_equal(tables.slot_to_expert, table)
+    np.testing.assert_array_equal(tables.slots_by_expert, by_expert)
+    bound = max_replicated_slots(experts, slots)
+    for row, order, found in zip(table, by_expert, tables.replicated_slots, strict=True):
+        several = order[np.bincount(row)[row[order]] > 1]
+        expected_row = np.full(bound, slots)
+        expected_row[: len(several)] = several
+        np.testing.assert_array_equal(found, expected_row)
     np.testing.assert_array_equal(tables.expert_to_slots, expected)
     np.testing.assert_array_equal(tables.replica_count, (expected < slots).sum(axis=2))
 

@@ -130,7 +130,7 @@ def test_the_temperature_samples_and_small_waves_do_not(capsys, folder, tmp_path
         (["--dataset", "tiny.yaml"], "tiny.yaml, line 1: not JSON"),
         (["--model", "requests.jsonl"], "requests.jsonl: "),
         (["--model", "none.yaml"], "none.yaml: cannot be read"),
-        (["--moe-max-num-tokens", 3], "max_tokens_per_wave is 3"),
+        (["--moe-max-num-tokens", 3], "moe_max_num_tokens is 3"),
         (["--record-iters", "90-100"], "those from 90 to 100 were to be kept"),
     ],
 )

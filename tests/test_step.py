@@ -10,7 +10,6 @@ import pytest
 
 from jax_eplb import expert_mesh
 from jax_eplb.models import Cache, parameters
-from jax_eplb.moe import LayerTables
 from jax_eplb.serving.step import AXIS, Rows, State, Statics, run_step
 from tests.small_decoder import Runner, default_placement
 from tests.tiny_model import CONFIG, tiny_decoder
@@ -27,7 +26,7 @@ def model():
     slots = np.asarray(PLACEMENT.slot_to_expert)
     params = parameters.on_mesh(tiny_decoder().params, slots, CONFIG, mesh, AXIS, jnp.float32)
     moe = CONFIG.moe(num_slots=PLACEMENT.num_slots, num_ranks=RANKS)
-    return Statics(CONFIG, moe, mesh), params, LayerTables(*PLACEMENT.tables())
+    return Statics(CONFIG, moe, mesh), params, PLACEMENT.tables()
 
 
 def old_state() -> State:

@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     serving = ServingConfig(
         max_batch_size=arguments.max_batch_size,
         max_length=max(len(r.prompt) + r.output_length for r in requests),
-        max_tokens_per_wave=arguments.moe_max_num_tokens,
+        moe_max_num_tokens=arguments.moe_max_num_tokens,
         temperature=arguments.temperature,
     )
     placement = _placement(arguments, saved.config)

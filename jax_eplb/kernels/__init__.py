@@ -1,5 +1,8 @@
 """Matrix products of rows with the weights of their group."""
 
+from jax_eplb.kernels.activation import ACTIVATIONS as ACTIVATIONS
+from jax_eplb.kernels.activation import Activation as Activation
+from jax_eplb.kernels.activation import activation_named as activation_named
 from jax_eplb.kernels.grouped_matmul import IMPLEMENTATIONS as IMPLEMENTATIONS
 from jax_eplb.kernels.grouped_matmul import check_implementation as check_implementation
 from jax_eplb.kernels.grouped_matmul import grouped_matmul as grouped_matmul

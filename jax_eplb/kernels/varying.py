@@ -1,8 +1,15 @@
-"""Loop carries inside `shard_map`: as varying as the values that they will meet."""
+"""Values made inside `shard_map`: as varying as the values that they will meet."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+
+
+def varying_like(x: Array, *like: Array) -> Array:
+    """`x`, counted as varying over every mesh axis that some array of `like` varies over."""
+    axes = frozenset().union(*(jax.typeof(y).manual_axis_type.varying for y in like))
+    missing = axes - jax.typeof(x).manual_axis_type.varying
+    return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
 
 
 def zeros_varying_like(shape: tuple[int, ...], dtype, *like: Array) -> Array:
@@ -11,6 +18,4 @@ def zeros_varying_like(shape: tuple[int, ...], dtype, *like: Array) -> Array:
     A loop inside `shard_map` must carry values of one type, and a plain `jnp.zeros` counts as
     equal on all devices while what the loop adds to it does not.
     """
-    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in like))
-    zeros = jnp.zeros(shape, dtype)
-    return jax.lax.pcast(zeros, tuple(axes), to="varying") if axes else zeros
+    return varying_like(jnp.zeros(shape, dtype), *like)

@@ -61,7 +61,12 @@ class DecoderConfig:
         return tuple(range(self.num_dense_layers, self.num_layers))
 
     def moe(
-        self, *, num_slots: int, num_ranks: int, max_tokens_per_wave: int | None = None
+        self,
+        *,
+        num_slots: int,
+        num_ranks: int,
+        moe_max_num_tokens: int | None = None,
+        replica_choice: str = "even",
     ) -> MoEConfig:
         """The MoE layers' config on so many slots and ranks."""
         return MoEConfig(
@@ -72,7 +77,8 @@ class DecoderConfig:
             num_slots=num_slots,
             num_ranks=num_ranks,
             shared_hidden_dim=self.shared_hidden_dim,
-            max_tokens_per_wave=max_tokens_per_wave,
+            replica_choice=replica_choice,
+            moe_max_num_tokens=moe_max_num_tokens,
         )
 
     @classmethod

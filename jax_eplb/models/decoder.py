@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_eplb.kernels import by_row_blocks
 from jax_eplb.models.config import DecoderConfig
-from jax_eplb.moe import LayerTables, MoEConfig, MoEParams, moe_forward
+from jax_eplb.moe import MoEConfig, MoEParams, moe_forward
 from jax_eplb.moe.feed_forward import SharedWeights, shared_feed_forward
+from jax_eplb.placement import PlacementTables
 
 
 class AttentionParams(NamedTuple):
@@ -71,7 +72,7 @@ class DecoderOutput(NamedTuple):
 
 def decode(
     params: DecoderParams,
-    tables: LayerTables,  # with a leading axis L
+    tables: PlacementTables,  # with a leading axis L
     batch: Batch,
     cache: Cache | None,
     *,

@@ -18,8 +18,9 @@ from jaxtyping import Array, Float, Int, UInt8
 from jax_eplb.models import parameters
 from jax_eplb.models.config import DecoderConfig
 from jax_eplb.models.decoder import Batch, DecoderParams, decode, logits_of
-from jax_eplb.moe import LayerTables, MoEConfig
-from jax_eplb.placement import Placement
+from jax_eplb.moe import MoEConfig
+from jax_eplb.placement import Placement, PlacementTables
+from jax_eplb.routing import balance, masked_mean, normalized_scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +137,7 @@ class Trainer:
             num_slots=self.config.num_experts, num_ranks=self.mesh.shape[self.axis_name]
         )
 
-    def tables(self) -> LayerTables:
+    def tables(self) -> PlacementTables:
         """Training holds each expert once, in order."""
         placement = Placement.default(
             num_experts=self.config.num_experts,
@@ -144,7 +145,7 @@ class Trainer:
             layer_ids=self.config.moe_layer_ids,
             num_slots=self.moe.num_slots,
         )
-        return LayerTables(*jax.device_put(placement.tables(), NamedSharding(self.mesh, P())))
+        return jax.device_put(placement.tables(), NamedSharding(self.mesh, P()))
 
     def optimizer_state(self, params: DecoderParams):
         """A fresh optimizer state: what belongs to a parameter is spread as the parameter is."""
@@ -159,7 +160,7 @@ class Trainer:
         )
         return jax.jit(init, out_shardings=shardings)(params)
 
-    def losses(self, params: DecoderParams, tables: LayerTables, passages) -> Losses:
+    def losses(self, params: DecoderParams, tables: PlacementTables, passages) -> Losses:
         """Next-token loss of int32[B, T + 1] passages, B divisible by the ranks."""
         axis = P(self.axis_name)
         local = functools.partial(
@@ -173,11 +174,10 @@ class Trainer:
         )
         nats, counts, probabilities = run(self._cast(params), tables, passages)
         expert_tokens = counts.sum(axis=0)  # [L, E]
-        fraction = expert_tokens / expert_tokens.sum(axis=1, keepdims=True)
-        balance = (fraction * probabilities.mean(axis=0)).sum(axis=1).mean()
-        return Losses(nats.mean(), balance * self.config.num_experts, expert_tokens)
+        by_layer = balance(expert_tokens, probabilities.mean(axis=0))
+        return Losses(nats.mean(), by_layer.mean(), expert_tokens)
 
-    def step(self, state, tables: LayerTables, corpus: Corpus, step: Int[Array, ""]):
+    def step(self, state, tables: PlacementTables, corpus: Corpus, step: Int[Array, ""]):
         """One optimizer step; state is (params, optimizer state)."""
         params, optimizer_state = state
         passages = draw(
@@ -215,5 +215,5 @@ def _local_losses(params, tables, passages, *, config: DecoderConfig, moe, axis_
     output = decode(params, tables, batch, None, config=config, moe=moe, axis_name=axis_name)
     logits = logits_of(output.hidden, params)
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
-    probabilities = jax.nn.softmax(output.router_logits, axis=-1).mean(axis=1)
+    probabilities = masked_mean(normalized_scores(output.router_logits))
     return nats[None], output.expert_tokens[None], probabilities[None]

@@ -1,18 +1,20 @@
-"""What an MoE layer is made of: the static sizes, checked once."""
+"""What an MoE layer is made of: the static sizes and choices, checked once."""
 
 import dataclasses
 
-from jax_eplb.kernels import check_implementation
+from jax_eplb.kernels import activation_named, check_implementation
+from jax_eplb.moe.exchange import IMPLEMENTATIONS, ExchangeSizes
 from jax_eplb.placement import check_sizes
+from jax_eplb.routing import POLICIES, Ranks, RouterConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
     """Static sizes and choices of an MoE layer; hashable, so `jit` takes it whole.
 
-    `max_tokens_per_wave` bounds the rows that a rank receives in one round of the exchange
-    (TensorRT-LLM's `moe_max_num_tokens`); a fuller batch takes more rounds. None: twice the even
-    share of the batch.
+    `moe_max_num_tokens` (TensorRT-LLM's name) bounds the rows that a rank receives and computes in
+    one round of the exchange; a fuller batch takes more rounds. None: one round does, with buffers
+    for the worst case.
     """
 
     embed_dim: int  # D
@@ -21,9 +23,15 @@ class MoEConfig:
     experts_per_token: int  # K
     num_slots: int  # S
     num_ranks: int  # P
+    router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
+    activation: str = "swiglu"  # a name of kernels.ACTIVATIONS
+    expert_biases: bool = False
     shared_hidden_dim: int = 0  # of the shared expert that serves every token; 0: none
-    renormalize: bool = True
-    max_tokens_per_wave: int | None = None
+    shared_gate: bool = False  # the shared expert counts as much as a sigmoid gate says
+    replica_choice: str = "even"  # a name of routing.POLICIES
+    ranks_per_node: int | None = None  # None: all on one node
+    exchange: str = "waves"  # or "all_gather", for few ranks; "ragged", on GPUs
+    moe_max_num_tokens: int | None = None
     kernel: str | None = None  # an implementation of grouped_matmul; None: by backend
 
     def __post_init__(self):
@@ -31,15 +39,25 @@ class MoEConfig:
         for name, least in (("embed_dim", 1), ("hidden_dim", 1), ("shared_hidden_dim", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        if not 1 <= self.experts_per_token <= self.num_experts:
+        self.router.check_sizes(self.num_experts, self.experts_per_token)
+        activation_named(self.activation)
+        for name, known in (("replica_choice", POLICIES), ("exchange", IMPLEMENTATIONS)):
+            if getattr(self, name) not in known:
+                choices = ", ".join(known)
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; use one of {choices}")
+        if self.shared_gate and not self.shared_hidden_dim:
+            raise ValueError("shared_gate needs a shared expert; set shared_hidden_dim")
+        if self.ranks_per_node is not None and (
+            self.ranks_per_node < 1 or self.num_ranks % self.ranks_per_node
+        ):
             raise ValueError(
-                f"experts_per_token is {self.experts_per_token}; "
-                f"it must lie between 1 and the number of experts, {self.num_experts}"
+                f"ranks_per_node is {self.ranks_per_node}; it must divide the number of ranks, "
+                f"{self.num_ranks}"
             )
-        if self.max_tokens_per_wave is not None and self.max_tokens_per_wave < self.num_ranks:
+        if self.moe_max_num_tokens is not None and self.moe_max_num_tokens < self._least_in_wave:
             raise ValueError(
-                f"max_tokens_per_wave is {self.max_tokens_per_wave}; a wave carries at least one "
-                f"token from each of the {self.num_ranks} ranks"
+                f"moe_max_num_tokens is {self.moe_max_num_tokens}; the least that a rank takes in "
+                f"a round, with exchange {self.exchange!r}, is {self._least_in_wave} rows"
             )
         if self.kernel is not None:
             check_implementation(self.kernel)
@@ -48,10 +66,36 @@ class MoEConfig:
     def slots_per_rank(self) -> int:
         return self.num_slots // self.num_ranks
 
-    def wave_capacity(self, num_tokens: int) -> int:
-        """Rows that one rank sends another in a wave, for a batch of T tokens a rank."""
-        choices = max(1, num_tokens * self.experts_per_token)
-        if self.max_tokens_per_wave is not None:
-            return min(choices, self.max_tokens_per_wave // self.num_ranks)
-        # Twice the even share: a second wave is then rare, and small batches never need one.
-        return min(choices, max(64, -(-2 * choices // self.num_ranks)))
+    @property
+    def gate_up_dim(self) -> int:
+        """U: the columns of one expert's first product."""
+        return self.hidden_dim * (2 if activation_named(self.activation).gated else 1)
+
+    def ranks(self, axis_name: str) -> Ranks:
+        return Ranks(axis_name, self.num_ranks, self.slots_per_rank, self.ranks_per_node)
+
+    def exchange_sizes(self, num_tokens: int) -> ExchangeSizes:
+        """How much travels at once, for a batch of T tokens a rank."""
+        # A token's choices are of different experts, so of different slots.
+        on_one_rank = min(self.experts_per_token, self.slots_per_rank)
+        cap = self.moe_max_num_tokens
+        if self.exchange == "all_gather":
+            tokens = max(1, num_tokens)
+            if cap is not None:
+                tokens = min(tokens, cap // self._least_in_wave)
+            return ExchangeSizes("all_gather", (tokens,), in_waves=tokens < num_tokens)
+        whole = max(1, num_tokens * on_one_rank)
+        if cap is not None:
+            capacity = min(whole, cap // self.num_ranks)
+            return ExchangeSizes(self.exchange, (capacity,), in_waves=capacity < whole)
+        # Twice the even share nearly always does; where it does not, all of it goes at once.
+        usual = max(64, -(-2 * num_tokens * self.experts_per_token // self.num_ranks))
+        capacities = (usual, whole) if usual < whole and self.exchange == "waves" else (whole,)
+        return ExchangeSizes(self.exchange, capacities, in_waves=False)
+
+    @property
+    def _least_in_wave(self) -> int:
+        """Rows in a wave of one token, or one row, from each rank."""
+        if self.exchange == "all_gather":
+            return self.num_ranks * min(self.experts_per_token, self.slots_per_rank)
+        return self.num_ranks

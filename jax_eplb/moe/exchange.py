@@ -1,12 +1,13 @@
-"""The exchange: rows to the ranks that hold their slots, and results back, in bounded waves.
+"""The exchange: rows to the ranks that hold their slots, through the experts, and back, combined.
 
-Axes: T tokens of this rank, K choices per token, P ranks, N slots per rank, C rows that one rank
-sends another in one wave, D embedding width. A choice is one (token, k) pair, numbered t·K + k.
+Axes: T tokens of this rank, K choices per token, P ranks, N slots per rank, D embedding width, B
+rows that a rank sends in one wave, M rows that it computes in one. A choice is one (token, k) pair.
 
-In a wave each rank sends each rank at most C rows (a padded `all_to_all`), computes what it
-received, and sends the results back the way they came. Waves go on until the fullest pair of
-ranks is done, so no token is ever dropped and the buffers stay P·C rows however skewed the load.
-The gradient walks the same waves again, so that training is bounded alike.
+Waves go on until the fullest pair of ranks is done, so no token is ever dropped, and with a bound
+on the rows the buffers stay what they are however skewed the load. Rows are computed in blocks of
+one size, placed, and added in the order of the choices: so neither the placement, nor the waves,
+nor the way they travel changes a bit of the result. The gradient walks the same waves again and
+computes each one anew, so that training is bounded alike.
 """
 
 import functools
@@ -18,141 +19,170 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jax_eplb.kernels.varying import zeros_varying_like
-from jax_eplb.routing import occurrence
+from jax_eplb.moe.gathered import Gathered
+from jax_eplb.moe.waves import Waves, exchange_counts
+from jax_eplb.routing import Ranks, SlotOrder
+
+IMPLEMENTATIONS = ("waves", "all_gather", "ragged")
 
 # (rows [M, D], parameters, group_sizes [N]) -> [M, D], rows sorted by slot of this rank.
 Compute = Callable[[Float[Array, "M D"], Any, Int[Array, "N"]], Float[Array, "M D"]]
 
 
-class ExchangeGrid(NamedTuple):
-    """The static sizes of an exchange."""
+class ExchangeSizes(NamedTuple):
+    """How much travels at once; static."""
 
-    axis_name: str
-    num_ranks: int
-    slots_per_rank: int
-    capacity: int  # C
-
-
-class _Wave(NamedTuple):
-    """What this rank sends in one wave, by row of the send buffer."""
-
-    choice: Int[Array, "P*C"]  # T·K where the row is empty
-    slot: Int[Array, "P*C"]  # on the receiving rank; N where the row is empty
+    implementation: str  # one of IMPLEMENTATIONS
+    # Rows for each pair of ranks in a wave; of all_gather: tokens of each rank. If one wave is to
+    # do, several may stand here, ascending: the first that the fullest pair fits into is used.
+    capacities: tuple[int, ...]
+    in_waves: bool  # as many as it takes, of the only capacity; else one
 
 
 def exchange(
     compute: Compute,
-    grid: ExchangeGrid,
-    rows: Float[Array, "T D"],
-    slots: Int[Array, "T K"],
+    sizes: ExchangeSizes,
+    ranks: Ranks,
+    tokens: Float[Array, "T D"],
+    weights: Float[Array, "T K"],
+    order: SlotOrder,
     params: Any,
-) -> tuple[Float[Array, "T K D"], Int[Array, ""]]:
-    """Run each choice's row through `compute` on the rank that holds its slot.
+) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
+    """Run each choice through its slot on the rank that holds it; the weighted sum by token.
 
-    Inside `shard_map` over `grid.axis_name`. Slots of S or more (padding) are not sent; their
-    results are zero. Returns the results by choice, and the number of rows this rank computed.
+    Inside `shard_map` over `ranks.axis_name`. The sum is float32; choices of padding add nothing.
+    Also returns how many rows this rank computed.
     """
-    if slots.size == 0:
-        nothing = zeros_varying_like((*slots.shape, rows.shape[1]), rows.dtype, rows, slots)
-        return nothing, zeros_varying_like((), jnp.int32, rows, slots)
-    return _in_waves(compute, grid, rows, slots, params)
+    if weights.size == 0:
+        nothing = zeros_varying_like(tokens.shape, jnp.float32, tokens, weights)
+        return nothing, zeros_varying_like((), jnp.int32, tokens, weights)
+    # The loops below carry values of one type: all as varying as the most varying.
+    tokens, weights, order, params = _equally_varying((tokens, weights, order, params))
+    return _exchange(compute, sizes, ranks, tokens, weights, order, params)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _in_waves(compute: Compute, grid: ExchangeGrid, rows, slots, params):
-    position = _positions(slots, grid)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _exchange(compute: Compute, sizes: ExchangeSizes, ranks: Ranks, tokens, weights, order, params):
+    def run(transport, wave):
+        rows = transport.send_tokens(wave, tokens)
+        computed = compute(rows, params, wave.group_sizes)
+        return transport.send_back(wave, computed), wave.group_sizes.sum()
 
-    def body(wave, carry):
-        results, received = carry
-        sent = _wave(slots, position, wave, grid)
-        sent_rows = _take_rows(rows, sent, slots.shape[1])
-        back, computed = _run_wave(compute, grid, sent, sent_rows, params)
-        return results.at[sent.choice].set(back, mode="drop"), received + computed
+    def finish(results, place):
+        return _sum_by_token(results, place, weights)
 
-    carry = (
-        zeros_varying_like((slots.size, rows.shape[1]), rows.dtype, rows, slots),
-        zeros_varying_like((), jnp.int32, rows, slots),
-    )
-    waves = _num_waves(slots, position, grid)
-    results, received = jax.lax.fori_loop(0, waves, body, carry)
-    return results.reshape(*slots.shape, rows.shape[1]), received
+    return _in_waves(sizes, ranks, order, run, finish, like=tokens)
 
 
-def _in_waves_forward(compute, grid, rows, slots, params):
-    return _in_waves(compute, grid, rows, slots, params), (rows, slots, params)
+def _exchange_forward(compute, sizes, ranks, *arrays):
+    return _exchange(compute, sizes, ranks, *arrays), arrays
 
 
-def _in_waves_backward(compute, grid, residuals, grads):
-    rows, slots, params = residuals
-    grad_results = grads[0].reshape(slots.size, rows.shape[1])
-    position = _positions(slots, grid)
+def _exchange_backward(compute, sizes, ranks, arrays, grads):
+    tokens, weights, order, params = arrays
+    grad_sums = grads[0].astype(tokens.dtype)
 
-    def body(wave, carry):
-        grad_choices, grad_params = carry
-        sent = _wave(slots, position, wave, grid)
-        sent_rows = _take_rows(rows, sent, slots.shape[1])
-        _, transpose = jax.vjp(
-            lambda rows, params: _run_wave(compute, grid, sent, rows, params)[0], sent_rows, params
+    def run(transport, wave):
+        rows = transport.send_tokens(wave, tokens)
+        grad_rows = transport.send_tokens(wave, grad_sums)
+        weight = transport.send_choices(wave, weights)[:, None]
+        computed, transpose = jax.vjp(
+            lambda rows, params: compute(rows, params, wave.group_sizes), rows, params
         )
-        grad_back = grad_results.at[sent.choice].get(mode="fill", fill_value=0)
-        grad_sent, grad_wave = transpose(grad_back)
-        # Each choice is sent once, so its gradient is set, not added: no scattered additions.
-        grad_choices = grad_choices.at[sent.choice].set(grad_sent, mode="drop")
-        return grad_choices, jax.tree.map(jnp.add, grad_params, grad_wave)
+        wide = grad_rows.astype(jnp.float32)
+        grad_rows, grad_params = transpose((wide * weight).astype(computed.dtype))
+        grad_weight = (wide * computed.astype(jnp.float32)).sum(axis=1)
+        back = transport.send_back(wave, grad_rows), transport.send_back(wave, grad_weight)
+        return back, grad_params
 
+    def finish(back, place):
+        grad_rows, grad_weight = back
+        ones = jnp.ones_like(weights)
+        grad_tokens = _sum_by_token(grad_rows, place, ones).astype(tokens.dtype)
+        return grad_tokens, grad_weight.at[place].get(mode="fill", fill_value=0)
+
+    (grad_tokens, grad_weights), grad_params = _in_waves(
+        sizes, ranks, order, run, finish, like=tokens
+    )
+    return grad_tokens, grad_weights, None, grad_params
+
+
+_exchange.defvjp(_exchange_forward, _exchange_backward)
+
+
+def _in_waves(sizes: ExchangeSizes, ranks: Ranks, order: SlotOrder, run, finish, like: Array):
+    """Run the waves that it takes: what `finish` makes of all rows, and the sum of the rest.
+
+    `run(transport, wave)` gives rows of the send buffer, and values to add up over waves;
+    `finish(rows, place)` is given a table of rows, and each choice's row in it.
+    """
+    if sizes.implementation == "all_gather":
+
+        def transport_of(capacity):
+            return Gathered(order, ranks, capacity)
+    else:
+        received = exchange_counts(order, ranks)
+
+        def transport_of(capacity):
+            return Waves(order, received, ranks, capacity, sizes.implementation == "ragged")
+
+    def once(capacity):
+        transport = transport_of(capacity)
+        wave = transport.wave(0)
+        rows, total = run(transport, wave)
+        return finish(rows, wave.place), total
+
+    if not sizes.in_waves:
+        *smaller, largest = sizes.capacities
+        result = functools.partial(once, largest)
+        for capacity in reversed(smaller):
+            result = functools.partial(
+                jax.lax.cond,
+                transport_of(capacity).num_waves() <= 1,
+                functools.partial(once, capacity),
+                result,
+            )
+        return result()
+
+    (capacity,) = sizes.capacities
+    transport, num_choices = transport_of(capacity), order.choice.size
+
+    def body(index, carry):
+        placed, total = carry
+        wave = transport.wave(index)
+        rows, more = run(transport, wave)
+        placed = jax.tree.map(lambda x, new: x.at[wave.choice].set(new, mode="drop"), placed, rows)
+        return placed, jax.tree.map(jnp.add, total, more)
+
+    def zeros(x, shape):
+        return zeros_varying_like(shape, x.dtype, like)
+
+    rows, total = jax.eval_shape(lambda: run(transport, transport.wave(0)))
     carry = (
-        zeros_varying_like(grad_results.shape, rows.dtype, rows, slots),
-        jax.tree.map(lambda x: zeros_varying_like(x.shape, x.dtype, x), params),
+        jax.tree.map(lambda x: zeros(x, (num_choices, *x.shape[1:])), rows),
+        jax.tree.map(lambda x: zeros(x, x.shape), total),
     )
-    waves = _num_waves(slots, position, grid)
-    grad_choices, grad_params = jax.lax.fori_loop(0, waves, body, carry)
-    grad_rows = grad_choices.reshape(*slots.shape, -1).sum(axis=1)
-    return grad_rows, None, grad_params
+    placed, total = jax.lax.fori_loop(0, transport.num_waves(), body, carry)
+    return finish(
+        placed, jnp.arange(num_choices, dtype=jnp.int32).reshape(order.place.shape)
+    ), total
 
 
-_in_waves.defvjp(_in_waves_forward, _in_waves_backward)
+def _sum_by_token(rows, place: Int[Array, "T K"], weights: Float[Array, "T K"]):
+    """The weighted sum of each token's rows, float32, always in the order of its choices."""
+    picked = rows.at[place].get(mode="fill", fill_value=0)  # [T, K, D]
+    weighted = picked.astype(jnp.float32) * weights[..., None]
+    return functools.reduce(jnp.add, jnp.unstack(weighted, axis=1))
 
 
-def _positions(slots: Int[Array, "T K"], grid: ExchangeGrid) -> Int[Array, "T*K"]:
-    """Each choice's turn among those that this rank sends to the same rank."""
-    peer = jnp.minimum(slots.reshape(-1) // grid.slots_per_rank, grid.num_ranks)
-    return occurrence(peer, grid.num_ranks + 1)
-
-
-def _num_waves(slots, position, grid: ExchangeGrid) -> Int[Array, ""]:
-    """Waves until the fullest pair of ranks is done; the same on every rank."""
-    sent = slots.reshape(-1) < grid.num_ranks * grid.slots_per_rank
-    fullest = jnp.where(sent, position + 1, 0).max()
-    return jax.lax.pmax(-(-fullest // grid.capacity), grid.axis_name)
-
-
-def _wave(slots, position, wave, grid: ExchangeGrid) -> _Wave:
-    flat = slots.reshape(-1)
-    peer = flat // grid.slots_per_rank
-    turn = position - wave * grid.capacity
-    in_wave = (peer < grid.num_ranks) & (turn >= 0) & (turn < grid.capacity)
-    size = grid.num_ranks * grid.capacity
-    row = jnp.where(in_wave, peer * grid.capacity + turn, size)
-    empty = jnp.full(size, flat.size, jnp.int32)
-    choice = empty.at[row].set(jnp.arange(flat.size, dtype=jnp.int32), mode="drop")
-    slot = flat.at[choice].get(mode="fill", fill_value=-1)
-    return _Wave(choice, jnp.where(slot < 0, grid.slots_per_rank, slot % grid.slots_per_rank))
-
-
-def _take_rows(rows, sent: _Wave, choices_per_token: int):
-    return rows.at[sent.choice // choices_per_token].get(mode="fill", fill_value=0)
-
-
-def _run_wave(compute: Compute, grid: ExchangeGrid, sent: _Wave, sent_rows, params):
-    """One wave there and back: the results by row of the send buffer, and the rows computed."""
-    swap = functools.partial(
-        jax.lax.all_to_all, axis_name=grid.axis_name, split_axis=0, concat_axis=0, tiled=True
+def _equally_varying(tree):
+    """Every array of the tree varying over all mesh axes that some array of it varies over."""
+    axes = frozenset().union(
+        *(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree))
     )
-    received = swap(sent_rows)
-    slot = swap(sent.slot)
-    order = jnp.argsort(slot, stable=True)  # empty rows, of slot N, go last
-    count = jnp.zeros(grid.slots_per_rank, jnp.int32).at[slot].add(1, mode="drop")
-    in_order = received.at[order].get(unique_indices=True, mode="promise_in_bounds")
-    computed = compute(in_order, params, count)
-    results = jnp.zeros_like(computed).at[order].set(computed, unique_indices=True)
-    return swap(results), count.sum()
+
+    def vary(x):
+        missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, tree)

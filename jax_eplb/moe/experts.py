@@ -16,24 +16,38 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 
-@functools.partial(jax.jit, static_argnames=("init_one", "mesh", "axis_name"))
+@functools.partial(jax.jit, static_argnames=("init_one", "mesh", "spec"))
 def init_experts(
     key: PRNGKeyArray,
     slot_to_expert: Int[Array, "S"],
     init_one: Callable[[PRNGKeyArray], Float[Array, "..."]],
     mesh: Mesh,
-    axis_name: str,
+    spec: P,
 ) -> Float[Array, "S ..."]:
     """Make each slot's weights on its own device, from a key that only its expert sets.
 
     So the weights of an expert do not depend on the placement, its replicas are equal, and no
-    device ever holds more than its own slots.
+    device ever holds more than its own slots, and one expert more. `spec` spreads the slots, its
+    first entry, and perhaps further axes of the weights.
     """
+    slot_spec, *inner = spec
+
+    def own_part(weights):
+        """This device's part along the axes that the spec spreads."""
+        for axis, name in enumerate(inner):
+            if name is not None:
+                parts = mesh.shape[name]
+                size = weights.shape[axis] // parts
+                start = jax.lax.axis_index(name) * size
+                weights = jax.lax.dynamic_slice_in_dim(weights, start, size, axis)
+        return weights
 
     def local(key, slots):
-        return jax.lax.map(lambda expert: init_one(jax.random.fold_in(key, expert)), slots)
+        return jax.lax.map(
+            lambda expert: own_part(init_one(jax.random.fold_in(key, expert))), slots
+        )
 
-    make = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(axis_name)), out_specs=P(axis_name))
+    make = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(slot_spec)), out_specs=spec)
     return make(key, slot_to_expert)
 
 

@@ -1,34 +1,32 @@
-"""The gated feed-forward of experts: silu(x · gate) · (x · up), then down (SwiGLU).
+"""The feed-forward of experts: up (with a gate beside it), an activation, and down.
 
-Axes: M rows, N slots of this rank, D embedding width, F expert hidden width.
+Axes: M rows, N slots of this rank, D embedding width, F expert hidden width; U = 2F for a gated
+activation, whose gate and up stand side by side, F for one without a gate.
 """
 
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jax_eplb.kernels import by_row_blocks, grouped_matmul
+from jax_eplb.kernels import activation_named, by_row_blocks, grouped_matmul
 
 
 class ExpertWeights(NamedTuple):
     """Expert weights by slot; gate and up side by side, so that both are one product."""
 
-    gate_up: Float[Array, "N D 2F"]
+    gate_up: Float[Array, "N D U"]
     down: Float[Array, "N F D"]
+    gate_up_bias: Float[Array, "N U"] | None = None
+    down_bias: Float[Array, "N D"] | None = None
 
 
 class SharedWeights(NamedTuple):
     """The weights of the expert that serves every token."""
 
-    gate_up: Float[Array, "D 2F"]
+    gate_up: Float[Array, "D U"]
     down: Float[Array, "F D"]
-
-
-def _gate(gate_up: Float[Array, "M 2F"]) -> Float[Array, "M F"]:
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    return jax.nn.silu(gate) * up
+    gate: Float[Array, "D 1"] | None = None  # how much it counts, through a sigmoid (Qwen2-MoE)
 
 
 def expert_feed_forward(
@@ -36,13 +34,32 @@ def expert_feed_forward(
     weights: ExpertWeights,
     group_sizes: Int[Array, "N"],
     *,
+    activation: str = "swiglu",
     kernel: str | None = None,
 ) -> Float[Array, "M D"]:
     """Each row, sorted by slot, through its slot's expert; zero past the groups' sum."""
-    gate_up = grouped_matmul(rows, weights.gate_up, group_sizes, implementation=kernel)
-    return grouped_matmul(_gate(gate_up), weights.down, group_sizes, implementation=kernel)
+    hidden = grouped_matmul(
+        rows,
+        weights.gate_up,
+        group_sizes,
+        bias=weights.gate_up_bias,
+        activation=activation,
+        implementation=kernel,
+    )
+    return grouped_matmul(
+        hidden, weights.down, group_sizes, bias=weights.down_bias, implementation=kernel
+    )
 
 
-def shared_feed_forward(rows: Float[Array, "M D"], weights: SharedWeights) -> Float[Array, "M D"]:
-    """Every row through the shared expert."""
-    return by_row_blocks(lambda block: _gate(block @ weights.gate_up) @ weights.down, rows)
+def shared_feed_forward(
+    tokens: Float[Array, "T D"], weights: SharedWeights, *, activation: str = "swiglu"
+) -> Float[Array, "T D"]:
+    """Every token through the same expert."""
+    activate = activation_named(activation)
+    gate_up = weights.gate_up.reshape(len(weights.gate_up), -1)  # [D, 2, F] is as good
+
+    def serve(rows):
+        out = activate(rows @ gate_up) @ weights.down
+        return out if weights.gate is None else jax.nn.sigmoid(rows @ weights.gate) * out
+
+    return by_row_blocks(serve, tokens)

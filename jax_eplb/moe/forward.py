@@ -2,7 +2,7 @@
 
 Runs inside `shard_map` over the axis that experts are spread on; a model calls it in its own
 `shard_map`, the Flax module `MoE` wraps it in one. Axes: T tokens of this rank, D embedding
-width, E experts, K choices per token, N slots per rank, R replicas at most.
+width, E experts, K choices per token, N slots per rank, S slots.
 """
 
 import functools
@@ -13,16 +13,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_eplb.kernels import by_row_blocks
-from jax_eplb.load import count_experts
 from jax_eplb.moe.config import MoEConfig
-from jax_eplb.moe.exchange import ExchangeGrid, exchange
+from jax_eplb.moe.exchange import exchange
 from jax_eplb.moe.feed_forward import (
     ExpertWeights,
     SharedWeights,
     expert_feed_forward,
     shared_feed_forward,
 )
-from jax_eplb.routing import even, softmax_top_k
+from jax_eplb.placement import PlacementTables
+from jax_eplb.routing import POLICIES, group_by_expert, order_by_slot, route
 
 
 class MoEParams(NamedTuple):
@@ -31,13 +31,8 @@ class MoEParams(NamedTuple):
     router: Float[Array, "D E"]  # float32
     experts: ExpertWeights  # by slot of this rank
     shared: SharedWeights | None = None
-
-
-class LayerTables(NamedTuple):
-    """One layer's replicas, as `Placement.tables` derives them; equal on every rank."""
-
-    expert_to_slots: Int[Array, "E R"]
-    replica_count: Int[Array, "E"]
+    router_bias: Float[Array, "E"] | None = None  # of the logits (gpt-oss)
+    selection_bias: Float[Array, "E"] | None = None  # chooses, but does not weigh (DeepSeek-V3)
 
 
 class MoEOutput(NamedTuple):
@@ -51,44 +46,63 @@ class MoEOutput(NamedTuple):
 
 def moe_forward(
     params: MoEParams,
-    tables: LayerTables,
+    tables: PlacementTables,  # of one layer
     tokens: Float[Array, "T D"],
     mask: Bool[Array, "T"],
     *,
     config: MoEConfig,
-    axis_name: str,
+    axis_name: str = "expert",
+    tensor_axis: str | None = None,
 ) -> MoEOutput:
     """One MoE layer on this rank's tokens, its experts spread over `axis_name`.
 
     Tokens with a False mask are padding: neither computed nor counted, their result is zero but
     for the shared expert. On one backend the result does not depend on the placement, nor on the
     number of ranks, bit for bit.
+    A slot's weights get the gradient of the choices that it served; `tie_replicas` makes that of
+    all of its expert's, so that replicas stay equal under any optimizer.
+
+    With `tensor_axis`, the experts' hidden width is spread over that axis, which sees the same
+    tokens; the shared expert's, too.
     """
 
     # The router decides by small differences: float32, whatever the activations are.
-    def route(rows):
+    def route_rows(rows):
         logits = rows.astype(jnp.float32) @ params.router
-        routes = softmax_top_k(logits, config.experts_per_token, renormalize=config.renormalize)
-        return logits, routes
+        if params.router_bias is not None:
+            logits = logits + params.router_bias[None]
+        bias = params.selection_bias
+        return logits, route(logits, config.experts_per_token, config.router, bias)
 
-    logits, routes = by_row_blocks(route, tokens)
-    expert_tokens = count_experts(routes.experts, config.num_experts, mask)
-    slots = even(
-        routes.experts,
-        mask,
-        tables.expert_to_slots,
-        tables.replica_count,
-        rank=jax.lax.axis_index(axis_name),
-        num_slots=config.num_slots,
+    logits, routes = by_row_blocks(route_rows, tokens)
+    grouping = group_by_expert(routes.experts, mask, config.num_experts)
+    ranks = config.ranks(axis_name)
+    slot_tokens = POLICIES[config.replica_choice](grouping.expert_tokens, tables, ranks)
+    order = order_by_slot(grouping, slot_tokens, tables)
+
+    experts = _flat(params.experts)
+    if tensor_axis is not None and experts.down_bias is not None:
+        is_first = jax.lax.axis_index(tensor_axis) == 0  # added once, not by each part of F
+        experts = experts._replace(down_bias=jnp.where(is_first, experts.down_bias, 0))
+    compute = functools.partial(
+        expert_feed_forward, activation=config.activation, kernel=config.kernel
     )
-    grid = ExchangeGrid(
-        axis_name, config.num_ranks, config.slots_per_rank, config.wave_capacity(len(tokens))
-    )
-    compute = functools.partial(expert_feed_forward, kernel=config.kernel)
-    results, rank_tokens = exchange(compute, grid, tokens, slots, params.experts)
-    # Always in the order of the choices, wherever each was computed.
-    weighted = results.astype(jnp.float32) * routes.weights[..., None]  # [T, K, D]
-    combined = functools.reduce(jnp.add, jnp.unstack(weighted, axis=1)).astype(tokens.dtype)
+    sizes = config.exchange_sizes(len(tokens))
+    combined, rank_tokens = exchange(compute, sizes, ranks, tokens, routes.weights, order, experts)
     if params.shared is not None:
-        combined = combined + shared_feed_forward(tokens, params.shared)
-    return MoEOutput(combined, expert_tokens, rank_tokens, logits)
+        shared = shared_feed_forward(tokens, params.shared, activation=config.activation)
+        combined = combined + shared.astype(jnp.float32)
+    if tensor_axis is not None:
+        combined = jax.lax.psum(combined, tensor_axis)
+        # The same on all of them: their mean. (A maximum has no derivative rule.)
+        rank_tokens = jax.lax.psum(rank_tokens, tensor_axis) // jax.lax.axis_size(tensor_axis)
+    return MoEOutput(combined.astype(tokens.dtype), grouping.expert_tokens, rank_tokens, logits)
+
+
+def _flat(experts: ExpertWeights) -> ExpertWeights:
+    """Gate and up side by side: [N, D, 2, F] is as good as [N, D, 2F]."""
+    bias = experts.gate_up_bias
+    return experts._replace(
+        gate_up=experts.gate_up.reshape(*experts.gate_up.shape[:2], -1),
+        gate_up_bias=None if bias is None else bias.reshape(len(bias), -1),
+    )

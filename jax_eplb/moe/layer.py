@@ -4,6 +4,7 @@ A thin shell: it owns the arrays and their shardings; `moe_forward` does the wor
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -17,8 +18,11 @@ from jaxtyping import Array, Bool, Float
 from jax_eplb.moe.config import MoEConfig
 from jax_eplb.moe.experts import experts_in_order, init_experts, lecun_normal, place_experts
 from jax_eplb.moe.feed_forward import ExpertWeights, SharedWeights
-from jax_eplb.moe.forward import LayerTables, MoEParams, moe_forward
-from jax_eplb.placement import Placement
+from jax_eplb.moe.forward import MoEOutput, MoEParams, moe_forward
+from jax_eplb.moe.replica_gradients import tie_replicas
+from jax_eplb.moe.sharding import MeshAxes, param_specs
+from jax_eplb.placement import Placement, PlacementTables
+from jax_eplb.routing import update_selection_bias
 
 
 class SlotTable(nnx.Variable):
@@ -29,12 +33,17 @@ class LoadCount(nnx.Variable):
     """Choices counted since the last reset."""
 
 
+class SelectionBias(nnx.Variable):
+    """The router's selection bias: moved by the load, not by a gradient."""
+
+
 class MoE(nnx.Module):
     """A Mixture-of-Experts layer whose experts are spread over one axis of a mesh.
 
-    Tokens are divided over the same axis: each rank routes its own, and their rows travel to the
-    ranks that hold the chosen experts. A change of placement changes values, not shapes: nothing
-    is compiled again, and the output stays the same bit for bit.
+    Tokens are divided over the same axis, and over those of `data_axes`: each rank routes its own,
+    and their rows travel to the ranks that hold the chosen experts. `tensor_axis` divides the
+    experts' hidden width. A change of placement changes values, not shapes: nothing is compiled
+    again, and the output stays the same bit for bit.
 
     >>> from jax_eplb import MoE, MoEConfig, expert_mesh
     >>> mesh = expert_mesh(num_ranks=1)
@@ -53,14 +62,13 @@ class MoE(nnx.Module):
         rngs: nnx.Rngs,
         placement: Placement | None = None,
         axis_name: str = "expert",
+        data_axes: tuple[str, ...] = (),
+        tensor_axis: str | None = None,
         dtype=jnp.float32,
     ):
-        if mesh.shape.get(axis_name) != config.num_ranks:
-            raise ValueError(
-                f"the mesh {dict(mesh.shape)} must have an axis {axis_name!r} of "
-                f"{config.num_ranks} devices, the config's num_ranks"
-            )
-        self.config, self.mesh, self.axis_name = config, mesh, axis_name
+        self.config, self.mesh = config, mesh
+        self.axes = MeshAxes(axis_name, tuple(data_axes), tensor_axis)
+        self.axes.check(mesh, config)
         if placement is None:
             placement = Placement.default(
                 num_experts=config.num_experts,
@@ -69,36 +77,62 @@ class MoE(nnx.Module):
             )
         else:
             self._check(placement)
-        tables = self._tables_of(placement)
-        self.slot_to_expert, self.expert_to_slots, self.replica_count = map(SlotTable, tables)
+        for name, table in self._tables_of(placement)._asdict().items():
+            setattr(self, name, SlotTable(table))
         embed, hidden, shared = config.embed_dim, config.hidden_dim, config.shared_hidden_dim
-        slots = self.slot_to_expert[...]
+        parts = config.gate_up_dim // hidden  # gate and up, or up alone
+        slots, everywhere = self.slot_to_expert[...], P()
+        specs = param_specs(config, self.axes)
+        experts, one = specs.experts, specs.shared
 
-        def bank(shape):
+        def bank(shape, spec):
             init = lecun_normal(shape[0], shape, dtype)
-            return nnx.Param(init_experts(rngs.params(), slots, init, mesh, axis_name))
+            return nnx.Param(init_experts(rngs.params(), slots, init, mesh, spec))
 
-        def replicated(shape, dtype):
+        def matrix(shape, dtype, spec=everywhere):
             weight = lecun_normal(shape[0], shape, dtype)(rngs.params())
-            return nnx.Param(jax.device_put(weight, NamedSharding(mesh, P())))
+            return nnx.Param(jax.device_put(weight, NamedSharding(mesh, spec)))
 
-        self.router = replicated((embed, config.num_experts), jnp.float32)
-        self.gate_up = bank((embed, 2 * hidden))
-        self.down = bank((hidden, embed))
-        self.shared_gate_up = replicated((embed, 2 * shared), dtype) if shared else None
-        self.shared_down = replicated((shared, embed), dtype) if shared else None
-        counts = jnp.zeros(config.num_experts, jnp.int32)
-        self.expert_tokens = LoadCount(jax.device_put(counts, NamedSharding(mesh, P())))
-        ranks = jnp.zeros(config.num_ranks, jnp.int32)
-        self.rank_tokens = LoadCount(jax.device_put(ranks, NamedSharding(mesh, P())))
+        def zeros(shape, dtype, spec=everywhere):
+            return jax.device_put(jnp.zeros(shape, dtype), NamedSharding(mesh, spec))
+
+        def bias(shape, spec):
+            full = (config.num_slots, *shape)
+            return None if spec is None else nnx.Param(zeros(full, dtype, spec))
+
+        def by_expert(dtype):
+            return zeros((config.num_experts,), dtype)
+
+        self.router = matrix((embed, config.num_experts), jnp.float32)
+        self.gate_up = bank((embed, parts, hidden), experts.gate_up)
+        self.down = bank((hidden, embed), experts.down)
+        self.gate_up_bias = bias((parts, hidden), experts.gate_up_bias)
+        self.down_bias = bias((embed,), experts.down_bias)
+        self.shared_gate_up = one and matrix((embed, parts, shared), dtype, one.gate_up)
+        self.shared_down = one and matrix((shared, embed), dtype, one.down)
+        self.shared_gate = matrix((embed, 1), dtype) if config.shared_gate else None
+        logits_bias, selection_bias = config.router.logits_bias, config.router.selection_bias
+        self.router_bias = nnx.Param(by_expert(jnp.float32)) if logits_bias else None
+        self.selection_bias = SelectionBias(by_expert(jnp.float32)) if selection_bias else None
+        self.expert_tokens = LoadCount(by_expert(jnp.int32))
+        self.rank_tokens = LoadCount(zeros((config.num_ranks,), jnp.int32))
 
     def __call__(
         self, tokens: Float[Array, "... D"], mask: Bool[Array, "..."] | None = None
     ) -> Float[Array, "... D"]:
-        """Apply the layer; the number of tokens must be divisible by the number of ranks.
+        """Apply the layer; the number of tokens must be divisible among the devices they go to.
 
         Padding (mask False) is neither computed nor counted. Adds to `expert_tokens` int32[E] and
         `rank_tokens` int32[P].
+        """
+        return self.forward(tokens, mask).tokens
+
+    def forward(
+        self, tokens: Float[Array, "... D"], mask: Bool[Array, "..."] | None = None
+    ) -> MoEOutput:
+        """As a call, with what training needs: `router_logits` [..., E], and this call's counts.
+
+        `routing.load_balancing_loss` and its like make losses of them.
         """
         width = self.config.embed_dim
         if tokens.shape[-1] != width:
@@ -107,29 +141,43 @@ class MoE(nnx.Module):
             raise ValueError(f"the mask has shape {mask.shape}; expected {tokens.shape[:-1]}")
         flat = tokens.reshape(-1, width)
         flat_mask = jnp.ones(len(flat), bool) if mask is None else mask.reshape(-1)
-        if len(flat) % self.config.num_ranks:
+        shares = math.prod(self.mesh.shape[axis] for axis in (*self.axes.data, self.axes.expert))
+        if len(flat) % shares:
             raise ValueError(
                 f"{len(flat)} tokens (of {tokens.shape}) cannot be divided among "
-                f"{self.config.num_ranks} ranks; pad them and give a mask"
+                f"{shares} ranks; pad them and give a mask"
             )
-        tables = LayerTables(self.expert_to_slots[...], self.replica_count[...])
-        out, expert_tokens, rank_tokens = _forward(
-            self._params(),
-            tables,
+        output = _forward(
+            self.params(),
+            self.tables(),
             flat,
             flat_mask,
             config=self.config,
             mesh=self.mesh,
-            axis_name=self.axis_name,
+            axes=self.axes,
         )
-        self.expert_tokens[...] += expert_tokens
-        self.rank_tokens[...] += rank_tokens
-        return out.reshape(tokens.shape)
+        self.expert_tokens[...] += output.expert_tokens
+        self.rank_tokens[...] += output.rank_tokens
+        return output._replace(
+            tokens=output.tokens.reshape(tokens.shape),
+            router_logits=output.router_logits.reshape(*tokens.shape[:-1], -1),
+        )
 
     def reset_counts(self) -> None:
         """Start counting anew."""
         self.expert_tokens[...] = jnp.zeros_like(self.expert_tokens[...])
         self.rank_tokens[...] = jnp.zeros_like(self.rank_tokens[...])
+
+    def update_selection_bias(self, rate: float) -> None:
+        """Make experts that got more than the mean since the last reset a little less likely.
+
+        DeepSeek-V3's balancing without an auxiliary loss; call it after each step of training,
+        then `reset_counts`. Raises ValueError where the router has no selection bias.
+        """
+        if self.selection_bias is None:
+            raise ValueError("this router has no selection bias; set it in RouterConfig")
+        bias = self.selection_bias[...]
+        self.selection_bias[...] = update_selection_bias(bias, self.expert_tokens[...], rate)
 
     def use_placement(self, placement: Placement) -> None:
         """Move the experts to the slots of a one-layer placement; shapes stay what they are.
@@ -139,7 +187,8 @@ class MoE(nnx.Module):
         self._check(placement)
         here = np.asarray(self.slot_to_expert[...])
         there = np.asarray(placement.slot_to_expert)[0]
-        banks = (self.gate_up, self.down)
+        banks = (self.gate_up, self.down, self.gate_up_bias, self.down_bias)
+        banks = [bank for bank in banks if bank is not None]
         moved = [
             place_experts(
                 experts_in_order(bank[...], here, self.config.num_experts),
@@ -151,7 +200,39 @@ class MoE(nnx.Module):
         tables = self._tables_of(placement)
         for bank, weights in zip(banks, moved, strict=True):
             bank[...] = weights
-        self.slot_to_expert[...], self.expert_to_slots[...], self.replica_count[...] = tables
+        for name, table in tables._asdict().items():
+            getattr(self, name)[...] = table
+
+    def params(self) -> MoEParams:
+        """The parameters as `moe_forward` takes them, spread over the mesh as `specs` says."""
+
+        def value(variable):
+            return None if variable is None else variable[...]
+
+        shared = None
+        if self.shared_gate_up is not None and self.shared_down is not None:
+            gate = value(self.shared_gate)
+            shared = SharedWeights(self.shared_gate_up[...], self.shared_down[...], gate)
+        return MoEParams(
+            router=self.router[...],
+            experts=ExpertWeights(
+                self.gate_up[...],
+                self.down[...],
+                value(self.gate_up_bias),
+                value(self.down_bias),
+            ),
+            shared=shared,
+            router_bias=value(self.router_bias),
+            selection_bias=value(self.selection_bias),
+        )
+
+    def tables(self) -> PlacementTables:
+        """The placement's tables as `moe_forward` takes them, equal on every device."""
+        return PlacementTables(*(getattr(self, name)[...] for name in PlacementTables._fields))
+
+    def specs(self) -> MoEParams:
+        """How `params` are spread over the mesh, for a `shard_map` of your own."""
+        return param_specs(self.config, self.axes)
 
     def _check(self, placement: Placement) -> None:
         config = self.config
@@ -170,41 +251,44 @@ class MoE(nnx.Module):
             layer_ids=placement.layer_ids,
         )
 
-    def _tables_of(self, placement: Placement) -> tuple[Array, Array, Array]:
-        """`slot_to_expert`, `expert_to_slots` and `replica_count`, on every device."""
-        derived = placement.tables()
-        tables = (placement.slot_to_expert, derived.expert_to_slots, derived.replica_count)
-        first, second, third = (table[0] for table in tables)
-        return jax.device_put((first, second, third), NamedSharding(self.mesh, P()))
-
-    def _params(self) -> MoEParams:
-        shared = None
-        if self.shared_gate_up is not None and self.shared_down is not None:
-            shared = SharedWeights(self.shared_gate_up[...], self.shared_down[...])
-        experts = ExpertWeights(self.gate_up[...], self.down[...])
-        return MoEParams(self.router[...], experts, shared)
+    def _tables_of(self, placement: Placement) -> PlacementTables:
+        """The tables of the only layer, on every device."""
+        tables = PlacementTables(*(table[0] for table in placement.tables()))
+        return jax.device_put(tables, NamedSharding(self.mesh, P()))
 
 
 # Jitted, so that a call outside of `jit` is one program too.
-@functools.partial(jax.jit, static_argnames=("config", "mesh", "axis_name"))
-def _forward(params, tables, tokens, mask, *, config: MoEConfig, mesh: Mesh, axis_name: str):
-    """The tokens, and the counts of this call by expert and by rank, equal on every device."""
-    axis: Any = P(axis_name)
+@functools.partial(jax.jit, static_argnames=("config", "mesh", "axes"))
+def _forward(params, tables, tokens, mask, *, config: MoEConfig, mesh: Mesh, axes: MeshAxes):
+    """The output by token, and the counts of this call by expert and by rank, on every device."""
     everywhere: Any = P()
 
     def local(params, tables, tokens, mask):
-        output = moe_forward(params, tables, tokens, mask, config=config, axis_name=axis_name)
-        return output.tokens, output.expert_tokens[None], output.rank_tokens[None]
+        experts = tie_replicas(params.experts, tables, config.ranks(axes.expert))
+        output = moe_forward(
+            params._replace(experts=experts),
+            tables,
+            tokens,
+            mask,
+            config=config,
+            axis_name=axes.expert,
+            tensor_axis=axes.tensor,
+        )
+        expert_tokens = output.expert_tokens[None]
+        return output._replace(expert_tokens=expert_tokens, rank_tokens=output.rank_tokens[None])
 
-    forward = jax.shard_map(
+    output = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(MoEParams(everywhere, axis, everywhere), everywhere, axis, axis),
-        out_specs=axis,
-    )
-    out, expert_tokens, rank_tokens = forward(params, tables, tokens, mask)
+        in_specs=(param_specs(config, axes), everywhere, axes.tokens, axes.tokens),
+        out_specs=axes.tokens,
+    )(params, tables, tokens, mask)
     # Counts that came back spread over the ranks would compile the next call anew.
-    counts = jax.lax.with_sharding_constraint(
-        (expert_tokens.sum(axis=0), rank_tokens), NamedSharding(mesh, everywhere)
+    expert_tokens, rank_tokens = jax.lax.with_sharding_constraint(
+        (
+            output.expert_tokens.sum(axis=0),
+            output.rank_tokens.reshape(-1, config.num_ranks).sum(axis=0),
+        ),
+        NamedSharding(mesh, everywhere),
     )
-    return out, *counts
+    return output._replace(expert_tokens=expert_tokens, rank_tokens=rank_tokens)

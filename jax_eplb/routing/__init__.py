@@ -1,6 +1,25 @@
 """Router scores to experts, and experts to the slots of their replicas."""
 
-from jax_eplb.routing.occurrence import occurrence as occurrence
-from jax_eplb.routing.replicas import even as even
+from jax_eplb.routing.balanced import balanced as balanced
+from jax_eplb.routing.even import even as even
+from jax_eplb.routing.grouping import Grouping as Grouping
+from jax_eplb.routing.grouping import SlotOrder as SlotOrder
+from jax_eplb.routing.grouping import group_by_expert as group_by_expert
+from jax_eplb.routing.grouping import order_by_slot as order_by_slot
+from jax_eplb.routing.grouping import segment_of as segment_of
+from jax_eplb.routing.local import local as local
+from jax_eplb.routing.losses import balance as balance
+from jax_eplb.routing.losses import load_balancing_loss as load_balancing_loss
+from jax_eplb.routing.losses import masked_mean as masked_mean
+from jax_eplb.routing.losses import normalized_scores as normalized_scores
+from jax_eplb.routing.losses import router_z_loss as router_z_loss
+from jax_eplb.routing.losses import sequence_balance_loss as sequence_balance_loss
+from jax_eplb.routing.losses import top_k_counts as top_k_counts
+from jax_eplb.routing.losses import update_selection_bias as update_selection_bias
+from jax_eplb.routing.ranks import Ranks as Ranks
+from jax_eplb.routing.router import RouterConfig as RouterConfig
 from jax_eplb.routing.router import Routes as Routes
-from jax_eplb.routing.router import softmax_top_k as softmax_top_k
+from jax_eplb.routing.router import route as route
+
+# How many of a rank's choices go to each slot.
+POLICIES = {"even": even, "local": local, "balanced": balanced}

@@ -16,7 +16,6 @@ from jaxtyping import Array
 from jax_eplb.load import Recorder
 from jax_eplb.models import Cache, parameters
 from jax_eplb.models.weights import SavedDecoder
-from jax_eplb.moe import LayerTables
 from jax_eplb.placement import Placement
 from jax_eplb.serving.request import Request
 from jax_eplb.serving.schedule import Schedule, StepPlan, Throughput
@@ -33,7 +32,8 @@ class ServingConfig:
     max_batch_size: int = 8
     max_prompts_per_step: int | None = None  # None: half of max_batch_size
     max_length: int = 256  # positions of a sequence in the cache
-    max_tokens_per_wave: int | None = None
+    moe_max_num_tokens: int | None = None
+    replica_choice: str = "even"  # "local" or "balanced": how tokens are divided among replicas
     temperature: float = 0.0  # 0: the likeliest token
 
     def __post_init__(self):
@@ -84,7 +84,8 @@ class Engine:
         self.moe = config.moe(
             num_slots=placement.num_slots,
             num_ranks=placement.num_ranks,
-            max_tokens_per_wave=serving.max_tokens_per_wave,
+            moe_max_num_tokens=serving.moe_max_num_tokens,
+            replica_choice=serving.replica_choice,
         )
         self.use_placement(placement)
         temperature = np.float32(serving.temperature)
@@ -109,7 +110,7 @@ class Engine:
             self._saved.params, table, self.config, self.mesh, AXIS, self._dtype
         )
         everywhere = NamedSharding(self.mesh, P())
-        tables = LayerTables(*jax.device_put(tuple(placement.tables()), everywhere))
+        tables = jax.device_put(placement.tables(), everywhere)
         self.placement, self._params, self._tables = placement, params, tables
 
     def recorder(self, start: int = 0, stop: int | None = None) -> Recorder:

@@ -15,7 +15,8 @@ from jaxtyping import Array, Int
 
 from jax_eplb.models import Cache, DecoderConfig, DecoderParams, decode, parameters
 from jax_eplb.models.decoder import Batch, logits_of
-from jax_eplb.moe import LayerTables, MoEConfig
+from jax_eplb.moe import MoEConfig
+from jax_eplb.placement import PlacementTables
 
 AXIS = "expert"
 
@@ -49,7 +50,7 @@ class Statics(NamedTuple):
 def run_step(
     statics: Statics,
     params: DecoderParams,
-    tables: LayerTables,
+    tables: PlacementTables,
     state: State,
     prompts: Int[Array, "P*B T"] | None,  # None: each seat's last token
     rows: Rows,

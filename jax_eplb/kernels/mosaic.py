@@ -1,0 +1,96 @@
+"""The grouped product and its gradients on Hopper GPUs.
+
+Axes: M rows sorted by group, G groups, D in, N columns of the weights, F out (N, or N / 2 where a
+gated activation joins gate and up).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jax_eplb.kernels.activation import activation_named
+from jax_eplb.kernels.mosaic_gradient import mosaic_weight_gradient
+from jax_eplb.kernels.mosaic_kernel import STEP, Tiles, mosaic_product
+
+# Below this many rows a group, its weights cost more than its products, and tiles of 64 rows leave
+# more of the shared memory's bandwidth to them. Measured with benchmarks/grouped_matmul.py.
+_FEW_ROWS = 256
+
+
+def mosaic(rows, weights, group_sizes, activation: str | None = None):
+    """One persistent kernel; a named activation is applied in it, to float32 sums."""
+    if (missing := unsupported(rows, weights, activation)) is not None:
+        raise ValueError(f"grouped_matmul implementation 'mosaic' needs {missing}")
+    if activation is None:
+        return _product(rows, weights, group_sizes)
+    return _activated(rows, weights, group_sizes, activation)
+
+
+def unsupported(rows, weights, activation: str | None = None) -> str | None:
+    """What the kernel needs and these arrays lack, or None.
+
+    >>> unsupported(jnp.zeros((8, 64), jnp.bfloat16), jnp.zeros((2, 64, 100), jnp.bfloat16))
+    'both widths of the weights to be multiples of 64, not 64 and 100'
+    """
+    if rows.dtype != weights.dtype or rows.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"rows and weights in bfloat16 or float16, not {rows.dtype} and {weights.dtype}"
+    if not rows.size or not weights.size:
+        return f"at least one row and one group, not {rows.shape} and {weights.shape}"
+    gated = activation is not None and activation_named(activation).gated
+    depth, width = weights.shape[1], weights.shape[2] // 2 if gated else weights.shape[2]
+    if depth % STEP or width % STEP:
+        halves = " (each half of the second)" if gated else ""
+        return f"both widths of the weights to be multiples of 64{halves}, not {depth} and {width}"
+    return None
+
+
+def _tiles(rows, weights) -> Tiles:
+    return Tiles(block_m=64 if rows.shape[0] < _FEW_ROWS * len(weights) // 2 else 128)
+
+
+@jax.custom_vjp
+def _product(rows, weights, group_sizes):
+    return mosaic_product(rows, weights, group_sizes, _tiles(rows, weights))
+
+
+def _product_forward(rows, weights, group_sizes):
+    return _product(rows, weights, group_sizes), (rows, weights, group_sizes)
+
+
+def _product_backward(residuals, grad):
+    rows, weights, group_sizes = residuals
+    tiles = _tiles(rows, weights)
+    grad_rows = mosaic_product(grad, weights, group_sizes, tiles, transpose_weights=True)
+    return grad_rows, mosaic_weight_gradient(rows, grad, group_sizes), None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _activated(rows, weights, group_sizes, activation):
+    named = activation_named(activation)
+    return mosaic_product(
+        rows,
+        weights,
+        group_sizes,
+        _tiles(rows, weights),
+        activation=named.function,
+        gated=named.gated,
+    )
+
+
+def _activated_forward(rows, weights, group_sizes, activation):
+    # The gradient needs what enters the activation, so here it is written out.
+    def composed(rows, weights):
+        return activation_named(activation)(_product(rows, weights, group_sizes))
+
+    return jax.vjp(composed, rows, weights)
+
+
+def _activated_backward(activation, transpose, grad):
+    return *transpose(grad), None
+
+
+_activated.defvjp(_activated_forward, _activated_backward)

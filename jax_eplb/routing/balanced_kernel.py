@@ -1,0 +1,171 @@
+"""`balanced` in one GPU kernel: from the counts of all ranks to a rank's own share.
+
+Axes: P ranks, E experts, S slots, N slots per rank, J slots of experts that have several.
+
+One block does it all, as the steps of the division depend on each other and launching a kernel
+takes as long as a dozen of them. The matrix of the division stays in registers.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Int
+
+from jax_eplb.placement import PlacementTables
+from jax_eplb.routing.leveling import NodeSupply, Supply, describe, own_share, whole_quota
+from jax_eplb.routing.ranks import Ranks
+
+# The J × J matrix must fit the registers of a block.
+MAX_REPLICATED_SLOTS = 128
+_ROWS = 12  # of counts, loaded at a time
+
+
+def kernel_share(
+    counts: Int[Array, "P E"],
+    tables: PlacementTables,
+    rank: Int[Array, ""],
+    ranks: Ranks,
+    *,
+    num_warps: int = 4,
+    interpret: bool = False,
+) -> Int[Array, "S"]:
+    """As `plain_share`, for J up to `MAX_REPLICATED_SLOTS` but not 0."""
+    num_experts, num_slots = counts.shape[1], tables.slot_to_expert.size
+    inputs = (
+        rank.reshape(1),
+        counts,
+        tables.slot_to_expert,
+        tables.replica_count,
+        tables.replicated_slots,
+        lax.stop_gradient(tables.leveling),
+    )
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in inputs))
+    inputs = [_varying(x, axes) for x in inputs]
+    varying = jax.typeof(inputs[0]).manual_axis_type
+    share, _ = pl.pallas_call(
+        functools.partial(_kernel, ranks=ranks, interpret=interpret),
+        out_shape=(
+            jax.ShapeDtypeStruct((num_slots,), jnp.int32, manual_axis_type=varying),
+            jax.ShapeDtypeStruct((3, num_experts), jnp.int32, manual_axis_type=varying),
+        ),
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
+        interpret=interpret,
+        name="balanced_replica_choice",
+    )(*inputs)
+    return share
+
+
+def _varying(x, axes):
+    missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def _kernel(
+    rank_ref,
+    counts_ref,
+    expert_ref,
+    replicas_ref,
+    slots_ref,
+    leveling_ref,
+    share_ref,
+    sums_ref,
+    *,
+    ranks: Ranks,
+    interpret: bool,
+):
+    num_ranks, num_experts = counts_ref.shape
+    num_slots, num_places = expert_ref.shape[0], slots_ref.shape[0]
+    per_rank, per_node = ranks.slots_per_rank, ranks.ranks_per_node
+    rank = rank_ref[0]
+
+    # What the placement says comes first: it can arrive while the counts are added up.
+    slot = slots_ref[...]
+    used = slot < num_slots
+    alone = -1 - lax.iota(jnp.int32, num_places)
+    expert = jnp.where(used, _load(expert_ref, slot, used), alone)
+    rank_of_slot = jnp.where(used, lax.div(slot, jnp.int32(per_rank)), alone)
+    place = lax.broadcasted_iota(jnp.int32, (num_places, _power(per_rank)), 1)
+    beside = rank_of_slot[:, None] * per_rank + place  # the slots of the same rank, [J, N]
+    is_beside = used[:, None] & (place < per_rank)
+    expert_beside = _load(expert_ref, beside, is_beside)
+    is_single = is_beside & (_load(replicas_ref, expert_beside, is_beside) == 1)
+    there = _load_two(counts_ref, rank_of_slot, expert, used)
+    leveling = leveling_ref[...]
+
+    sums = _add_up(counts_ref, rank, per_node)
+    each = lax.iota(jnp.int32, _power(num_experts))
+    for row, values in enumerate(sums):
+        plgpu.store(sums_ref.at[row, each], values, mask=each < num_experts)
+    if not interpret:
+        plgpu.debug_barrier()  # other threads read what was stored
+
+    tokens, before, near_before = (
+        _load_row(sums_ref, row, expert, used) for row in range(3)
+    )
+    fixed = _load_row(sums_ref, 0, expert_beside, is_single).sum(axis=1, dtype=jnp.int32)
+    mean = sums[0].sum(dtype=jnp.int32).astype(jnp.float32) / num_ranks
+    replicas = describe(expert, rank_of_slot)
+    quota = whole_quota(tokens, fixed, mean, leveling, replicas)
+
+    near = None
+    if per_node is not None:
+        node = jnp.where(used, lax.div(rank_of_slot, jnp.int32(per_node)), alone)
+        on_node = jnp.zeros_like(node)
+        for i in range(per_node):
+            on_node = on_node + _load_two(counts_ref, node * per_node + i, expert, used)
+        near = NodeSupply(node, lax.div(rank, jnp.int32(per_node)), near_before, on_node)
+    own = _load_row(counts_ref, rank, expert, used)
+    share = own_share(quota, Supply(own, before, there), near, rank, replicas)
+    plgpu.store(share_ref.at[slot], share, mask=used)
+
+    every = lax.iota(jnp.int32, _power(num_slots))
+    exists = every < num_slots
+    its_expert = _load(expert_ref, every, exists)
+    exists = exists & (_load(replicas_ref, its_expert, exists) == 1)
+    plgpu.store(share_ref.at[every], _load_row(counts_ref, rank, its_expert, exists), mask=exists)
+
+
+def _add_up(counts_ref, rank, per_node):
+    """Tokens of each expert: all, those on the ranks before, and those of these on the node."""
+    num_ranks, num_experts = counts_ref.shape
+    each = lax.iota(jnp.int32, _power(num_experts))
+    first_near = jnp.int32(0) if per_node is None else lax.div(rank, jnp.int32(per_node)) * per_node
+
+    def add(chunk, sums):
+        tokens, before, near_before = sums
+        start = chunk * _ROWS
+        # All loads of a chunk are on their way at once.
+        rows = [
+            _load_row(counts_ref, start + i, each, (each < num_experts) & (start + i < num_ranks))
+            for i in range(_ROWS)
+        ]
+        for i, values in enumerate(rows):
+            tokens = tokens + values
+            before = before + jnp.where(start + i < rank, values, 0)
+            is_near = (start + i < rank) & (start + i >= first_near)
+            near_before = near_before + jnp.where(is_near, values, 0)
+        return tokens, before, near_before
+
+    zeros = jnp.zeros(each.shape, jnp.int32)
+    return lax.fori_loop(0, pl.cdiv(num_ranks, _ROWS), add, (zeros, zeros, zeros))
+
+
+def _load(ref, index, mask):
+    return plgpu.load(ref.at[jnp.where(mask, index, 0)], mask=mask, other=0)
+
+
+def _load_row(ref, row, index, mask):
+    return plgpu.load(ref.at[row, jnp.where(mask, index, 0)], mask=mask, other=0)
+
+
+def _load_two(ref, row, index, mask):
+    return plgpu.load(ref.at[jnp.where(mask, row, 0), jnp.where(mask, index, 0)], mask=mask, other=0)
+
+
+def _power(size: int) -> int:
+    """The least power of two that is not smaller."""
+    return 1 << (size - 1).bit_length()

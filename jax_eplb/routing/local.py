@@ -1,0 +1,43 @@
+"""Replica choice `local`: the nearest replica of an expert, as far as it has one nearby.
+
+Axes: E experts, S slots.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jax_eplb.placement import PlacementTables
+from jax_eplb.routing.even import deal
+from jax_eplb.routing.ranks import Ranks
+
+
+def local(expert_tokens: Int[Array, "E"], tables: PlacementTables, ranks: Ranks) -> Int[Array, "S"]:
+    """How many of this rank's choices go to each slot; inside `shard_map` over the ranks.
+
+    All of an expert's choices go to its replica on this rank, else to those on this node, else to
+    all of them; in turn, as `even` deals them, where that leaves several.
+    """
+    return local_share(expert_tokens, tables, jax.lax.axis_index(ranks.axis_name), ranks)
+
+
+def local_share(
+    expert_tokens: Int[Array, "E"], tables: PlacementTables, rank: Int[Array, ""], ranks: Ranks
+) -> Int[Array, "S"]:
+    """The same for a given rank.
+
+    >>> from jax_eplb import Placement
+    >>> tables = Placement.from_slots([[0, 1, 2, 0]], num_experts=3, num_ranks=2).tables()
+    >>> tables = jax.tree.map(lambda table: table[0], tables)
+    >>> local_share(jnp.array([5, 1, 3]), tables, jnp.int32(1), Ranks("expert", 2, 2)).tolist()
+    [0, 1, 3, 5]
+    """
+    num_experts, num_slots = tables.replica_count.size, tables.slot_to_expert.size
+    rank_of_slot = jnp.arange(num_slots, dtype=jnp.int32) // ranks.slots_per_rank
+    nearness = (rank_of_slot == rank).astype(jnp.int32)
+    if ranks.ranks_per_node is not None:
+        same_node = rank_of_slot // ranks.ranks_per_node == rank // ranks.ranks_per_node
+        nearness = nearness + same_node.astype(jnp.int32)
+    nearest = jnp.zeros(num_experts, jnp.int32).at[tables.slot_to_expert].max(nearness)
+    eligible = nearness == nearest[tables.slot_to_expert]
+    return deal(expert_tokens, tables, eligible, rank)
