@@ -94,6 +94,13 @@ def _add_run(commands) -> None:
         metavar="N",
         help="rows that a rank receives in one wave of the exchange, at most",
     )
+    parser.add_argument(
+        "--replica-choice",
+        choices=("even", "local", "balanced"),
+        default="even",
+        help="how tokens are divided among an expert's replicas: in turn, to the nearest, or so "
+        "that the fullest rank is lightest (plan for it with --split balanced)",
+    )
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--output", type=Path, metavar="JSONL", help="write what was generated")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -80,9 +80,9 @@ def derive_tables(
         held = replica < count[:, None]
         slots = jnp.where(held, order[jnp.minimum(position, num_slots - 1)], num_slots)
         several = count[experts[order]] > 1
-        place = jnp.where(several, jnp.cumsum(several) - 1, num_slots)
-        replicated = jnp.full(max_replicated_slots(num_experts, num_slots), num_slots, jnp.int32)
-        replicated = replicated.at[place].set(order, mode="drop")
+        num_places = max_replicated_slots(num_experts, num_slots)
+        place = jnp.where(several, jnp.cumsum(several) - 1, num_places)
+        replicated = jnp.full(num_places, num_slots, jnp.int32).at[place].set(order, mode="drop")
         leveling = leveling_operator(replicated, experts, num_slots // num_ranks)
         slots = slots.astype(jnp.int32)
         return PlacementTables(experts, order, slots, count, replicated, leveling)

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "metrics": {"placement", "load", "split"},
     "kernels": set(),
     "planner": FOUNDATION - {"mesh"},
-    "routing": FOUNDATION - {"mesh"},
+    "routing": FOUNDATION - {"mesh"} | {"kernels"},
     "moe": FOUNDATION | {"kernels", "routing"},
     "rebalance": FOUNDATION | {"planner", "kernels", "routing"},
     "checkpoint": FOUNDATION,

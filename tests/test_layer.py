@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from jax_eplb import MoE, MoEConfig, Placement, expert_mesh
 from jax_eplb.moe.layer import LoadCount, SlotTable
 from jax_eplb.placement import PlacementTables
+from jax_eplb.routing import RouterConfig, load_balancing_loss
 from tests.moe_reference import moe_by_numpy
 from tests.placement_cases import random_table, seeds
 
@@ -97,6 +98,61 @@ def test_slots_do_not_change_the_bytes(slots):
 def test_small_waves_do_not_change_the_bytes():
     layer = make(4, moe_max_num_tokens=4)
     assert np.asarray(layer(drawn())).tobytes() == on_one_rank().tobytes()
+
+
+@pytest.mark.parametrize("ranks_per_node", [None, 2])
+@pytest.mark.parametrize("choice", ["local", "balanced"])
+def test_the_choice_of_replicas_does_not_change_the_bytes(choice, ranks_per_node):
+    layer = make(4, replica_choice=choice, ranks_per_node=ranks_per_node)
+    layer.use_placement(placement_of(8))
+    assert np.asarray(layer(drawn())).tobytes() == on_one_rank().tobytes()
+
+
+def test_balanced_choice_levels_the_ranks():
+    tokens, fullest = drawn(3, (1, 96)), {}
+    for choice in ("even", "balanced"):
+        layer = make(4, replica_choice=choice, placement=placement_of(4))
+        layer(tokens)
+        fullest[choice] = int(layer.rank_tokens[...].max())
+    assert fullest["balanced"] <= 96 * K // 4 + 1 < fullest["even"]
+
+
+@pytest.mark.parametrize("exchange", ["waves", "all_gather"])
+@pytest.mark.parametrize("cap", [None, 16])
+def test_the_way_tokens_travel_does_not_change_the_bytes(exchange, cap):
+    layer = make(4, exchange=exchange, moe_max_num_tokens=cap)
+    assert np.asarray(layer(drawn())).tobytes() == on_one_rank().tobytes()
+
+
+def test_more_choices_than_slots_and_than_ranks():
+    layer = make(8, num_slots=8, experts_per_token=5)  # one slot a rank, five choices
+    expected = moe_by_numpy(
+        drawn().reshape(-1, D),
+        layer.router[...],
+        *in_expert_order(layer),
+        5,
+        shared=(layer.shared_gate_up[...].reshape(D, -1), layer.shared_down[...]),
+    )
+    np.testing.assert_allclose(layer(drawn()).reshape(-1, D), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_training_gets_logits_and_the_load_of_the_call_and_moves_the_bias():
+    router = RouterConfig("sigmoid", selection_bias=True)
+    layer, tokens = make(4, router=router), drawn()
+    output = layer.forward(tokens)
+    logits = tokens.reshape(-1, D) @ np.asarray(layer.router[...])
+    np.testing.assert_allclose(output.router_logits.reshape(-1, E), logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(output.expert_tokens, layer.expert_tokens[...])
+    assert float(load_balancing_loss(output.router_logits.reshape(-1, E), K)) >= K
+    layer.update_selection_bias(0.25)
+    counts = np.asarray(output.expert_tokens)
+    np.testing.assert_allclose(layer.selection_bias[...], 0.25 * np.sign(counts.mean() - counts))
+    # The bias chooses: one that outweighs every score sends all tokens to two experts.
+    layer.selection_bias[...] = jnp.array([9.0, 9.0] + [0.0] * (E - 2))
+    chosen = layer.forward(tokens).expert_tokens
+    assert chosen.tolist() == [24, 24, 0, 0, 0, 0]
+    with pytest.raises(ValueError, match="this router has no selection bias"):
+        make(4).update_selection_bias(0.1)
 
 
 @functools.cache

@@ -119,6 +119,23 @@ def test_the_temperature_samples_and_small_waves_do_not(capsys, folder, tmp_path
     assert texts[3] == texts[0]
 
 
+@pytest.mark.slow
+def test_the_choice_of_replicas_moves_load_between_ranks_and_changes_no_token(
+    capsys, folder, tmp_path
+):
+    texts, spread = [], []
+    for choice in ("even", "balanced", "local"):
+        path = tmp_path / f"{choice}.jsonl"
+        options = ["--load-balancer", folder / "plan.yaml", "--replica-choice", choice]
+        figures = json.loads(
+            succeed(capsys, *arguments(folder), *options, "--output", path, "--json")
+        )
+        texts.append(path.read_text())
+        spread.append(figures["report"]["average"]["imbalance"])
+    assert texts[1] == texts[2] == texts[0]
+    assert spread[1] < spread[0] != spread[2]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

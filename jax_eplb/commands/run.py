@@ -37,6 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
         max_batch_size=arguments.max_batch_size,
         max_length=max(len(r.prompt) + r.output_length for r in requests),
         moe_max_num_tokens=arguments.moe_max_num_tokens,
+        replica_choice=arguments.replica_choice,
         temperature=arguments.temperature,
     )
     placement = _placement(arguments, saved.config)

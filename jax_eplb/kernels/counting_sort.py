@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from jax_eplb.kernels.varying import varying_like
+
 _BLOCK = 256
 
 
@@ -29,11 +31,14 @@ def counting_sort(values: Int[Array, "I"], num_values: int) -> Sorted:
     {'order': Array([1, 0, 3, 2], dtype=int32), 'place': Array([1, 0, 3, 2], dtype=int32),
      'counts': Array([1, 0, 2], dtype=int32)}
     """
+
+    def varying(sort):
+        # A sort's second result counts as the same on all devices, whatever it was sorted by.
+        return lambda values: Sorted(*(varying_like(x, values) for x in sort(values, num_values)))
+
     values = jnp.minimum(values, num_values).astype(jnp.int32)
     return jax.lax.platform_dependent(
-        values,
-        cpu=lambda values: _by_argsort(values, num_values),
-        default=lambda values: by_counting(values, num_values),
+        values, cpu=varying(_by_argsort), default=varying(by_counting)
     )
 
 

@@ -7,6 +7,7 @@ implementation but `ragged_dot` and `reference`.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -51,7 +52,7 @@ def grouped_matmul(
         activation_named(activation)
     biases = () if bias is None else (bias,)
 
-    def run(product):
+    def run(product) -> Any:
         def whole(rows, weights, group_sizes, *biases):
             if product is mosaic and not biases:
                 return mosaic(rows, weights, group_sizes, activation)  # applied in the kernel
@@ -66,7 +67,7 @@ def grouped_matmul(
     if implementation is not None:
         check_implementation(implementation)
         return run(IMPLEMENTATIONS[implementation])(*operands)
-    branches = {"cpu": run(blocked), "default": run(ragged_dot)}
+    branches: dict[str, Any] = {"cpu": run(blocked), "default": run(ragged_dot)}
     if jax.default_backend() == "gpu":  # else there is no device to ask what it can do
         fits = unsupported(rows, weights, activation if bias is None else None) is None
         branches["cuda"] = run(mosaic if fits and _is_hopper() else triton)

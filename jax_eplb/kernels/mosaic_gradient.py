@@ -51,6 +51,7 @@ def _body(starts_ref, x_gmem, y_gmem, out_gmem, *, num_blocks: int):
     dtype = x_gmem.dtype
     num_groups, depth, width = out_gmem.shape
     num_d, num_n = pl.cdiv(depth, _BLOCK_D), pl.cdiv(width, _PART_N * WARPGROUPS)
+    narrow = width % (_PART_N * WARPGROUPS) != 0  # the last tile reaches past the result
     total = num_groups * num_d * num_n
     count = (total - 1 - lax.axis_index("block") + num_blocks) // num_blocks
 
@@ -152,8 +153,10 @@ def _body(starts_ref, x_gmem, y_gmem, out_gmem, *, num_blocks: int):
 
                         @pl.when((row + top < depth) & (column + n < width))
                         def _(i=i, j=j, top=top, n=n):
-                            smem = out_smem.at[warpgroup, j % 2]
-                            plgpu.wait_smem_to_gmem(1 if i or j else 0, wait_read_only=True)
+                            # Two buffers in turn, unless some writes are left out.
+                            smem = out_smem.at[warpgroup, 0 if narrow else j % 2]
+                            pending = 0 if narrow or (i, j) == (0, 0) else 1
+                            plgpu.wait_smem_to_gmem(pending, wait_read_only=True)
                             smem[...] = acc[top : top + STEP, n : n + STEP].astype(dtype)
                             plgpu.commit_smem()
                             at = group, aligned(row + top, STEP), aligned(column + n, STEP)

@@ -104,6 +104,7 @@ def _body(
     piece_n = tiles.block_n // WARPGROUPS // len(pieces)
     block_f = piece_n * WARPGROUPS
     num_n = pl.cdiv(out_gmem.shape[1], block_f)
+    narrow = out_gmem.shape[1] % block_f != 0  # the last tile reaches past the result
     piece_shape = (piece_n, STEP) if transpose_weights else (STEP, piece_n)
     heights = range(0, tiles.block_m, STEP)  # where a tile's copies of 64 rows begin
 
@@ -164,9 +165,11 @@ def _body(
 
                         @pl.when(column + n < out_gmem.shape[1])
                         def _(n=n):
-                            # Two buffers in turn; a tile begins with the first.
-                            smem = whole_smem.at[warpgroup, (top * piece_n // STEP + n) // STEP % 2]
-                            plgpu.wait_smem_to_gmem(1 if top or n else 0, wait_read_only=True)
+                            # Two buffers in turn, unless some writes are left out.
+                            turn = 0 if narrow else (top * piece_n // STEP + n) // STEP % 2
+                            smem = whole_smem.at[warpgroup, turn]
+                            pending = 0 if narrow or (top, n) == (0, 0) else 1
+                            plgpu.wait_smem_to_gmem(pending, wait_read_only=True)
                             smem[...] = result(top, n)
                             plgpu.commit_smem()
                             at = aligned(row, STEP, ALIGN), aligned(column + n, STEP)

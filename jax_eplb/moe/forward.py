@@ -22,7 +22,13 @@ from jax_eplb.moe.feed_forward import (
     shared_feed_forward,
 )
 from jax_eplb.placement import PlacementTables
-from jax_eplb.routing import POLICIES, group_by_expert, order_by_slot, route
+from jax_eplb.routing import (
+    POLICIES,
+    group_by_expert,
+    order_by_slot,
+    order_without_replicas,
+    route,
+)
 
 
 class MoEParams(NamedTuple):
@@ -75,10 +81,16 @@ def moe_forward(
         return logits, route(logits, config.experts_per_token, config.router, bias)
 
     logits, routes = by_row_blocks(route_rows, tokens)
-    grouping = group_by_expert(routes.experts, mask, config.num_experts)
     ranks = config.ranks(axis_name)
-    slot_tokens = POLICIES[config.replica_choice](grouping.expert_tokens, tables, ranks)
-    order = order_by_slot(grouping, slot_tokens, tables)
+    # The counts are a part of the sort that the experts need: counting the load costs nothing.
+    if config.num_slots == config.num_experts:
+        order = order_without_replicas(routes.experts, mask, tables)
+        expert_tokens = order.slot_tokens[tables.expert_to_slots[:, 0]]
+    else:
+        grouping = group_by_expert(routes.experts, mask, config.num_experts)
+        expert_tokens = grouping.expert_tokens
+        slot_tokens = POLICIES[config.replica_choice](expert_tokens, tables, ranks)
+        order = order_by_slot(grouping, slot_tokens, tables)
 
     experts = _flat(params.experts)
     if tensor_axis is not None and experts.down_bias is not None:
@@ -96,7 +108,7 @@ def moe_forward(
         combined = jax.lax.psum(combined, tensor_axis)
         # The same on all of them: their mean. (A maximum has no derivative rule.)
         rank_tokens = jax.lax.psum(rank_tokens, tensor_axis) // jax.lax.axis_size(tensor_axis)
-    return MoEOutput(combined.astype(tokens.dtype), grouping.expert_tokens, rank_tokens, logits)
+    return MoEOutput(combined.astype(tokens.dtype), expert_tokens, rank_tokens, logits)
 
 
 def _flat(experts: ExpertWeights) -> ExpertWeights:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Num
 
+from jax_eplb.kernels import take_rows
 from jax_eplb.routing import Ranks, SlotOrder, segment_of
 
 
@@ -55,6 +56,8 @@ class Waves:
         """The rows C·i .. C·i + C - 1 of each rank's run to each other one."""
         num_ranks, capacity = self.ranks.num_ranks, self.capacity
         num_choices = self.order.choice.size
+        if num_ranks == 1 and capacity >= num_choices:
+            return self._all_here()
         first = jnp.asarray(index, jnp.int32) * capacity
         run_end = jnp.cumsum(self.sent, dtype=jnp.int32)
         run_start = run_end - self.sent
@@ -86,7 +89,8 @@ class Waves:
     def send_tokens(self, wave: Wave, rows: Num[Array, "T *width"]) -> Num[Array, "M *width"]:
         """Each choice's row to the rank that holds its slot, in the order of the slots there."""
         choices_per_token = self.order.place.shape[1]
-        return self._send(wave, rows[jnp.minimum(wave.choice // choices_per_token, len(rows) - 1)])
+        token = jnp.minimum(wave.choice // choices_per_token, len(rows) - 1)
+        return self._send(wave, take_rows(rows, token))
 
     def send_choices(self, wave: Wave, values: Num[Array, "T K"]) -> Num[Array, "M"]:
         """As `send_tokens`, one value for each choice."""
@@ -96,7 +100,7 @@ class Waves:
         """From the order of this rank's slots back to the send buffers."""
         if self.ranks.num_ranks == 1:
             return rows
-        leaving = rows[wave.departure]
+        leaving = take_rows(rows, wave.departure)
         if not self.ragged:
             return all_to_all(leaving, self.ranks)
         kept_at = jnp.arange(self.ranks.num_ranks, dtype=jnp.int32) * self.capacity
@@ -116,7 +120,7 @@ class Waves:
         if self.ranks.num_ranks == 1:
             return rows  # in the order of the slots already
         if not self.ragged:
-            return all_to_all(rows, self.ranks)[wave.arrival]
+            return take_rows(all_to_all(rows, self.ranks), wave.arrival)
         own_place = jax.lax.axis_index(self.ranks.axis_name) * self.capacity
         received = jax.lax.ragged_all_to_all(
             rows,
@@ -127,7 +131,21 @@ class Waves:
             wave.received,
             axis_name=self.ranks.axis_name,
         )
-        return received[wave.arrival]
+        return take_rows(received, wave.arrival)
+
+    def _all_here(self) -> Wave:
+        """The only wave of the only rank: the order by slot is that of the buffers."""
+        order, nothing = self.order, jnp.zeros(0, jnp.int32)
+        return Wave(
+            order.choice,
+            order.place,
+            order.slot_tokens,
+            nothing,
+            nothing,
+            nothing,
+            nothing,
+            nothing,
+        )
 
 
 def exchange_counts(order: SlotOrder, ranks: Ranks) -> Int[Array, "P N"]:

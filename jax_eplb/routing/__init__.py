@@ -6,6 +6,7 @@ from jax_eplb.routing.grouping import Grouping as Grouping
 from jax_eplb.routing.grouping import SlotOrder as SlotOrder
 from jax_eplb.routing.grouping import group_by_expert as group_by_expert
 from jax_eplb.routing.grouping import order_by_slot as order_by_slot
+from jax_eplb.routing.grouping import order_without_replicas as order_without_replicas
 from jax_eplb.routing.grouping import segment_of as segment_of
 from jax_eplb.routing.local import local as local
 from jax_eplb.routing.losses import balance as balance

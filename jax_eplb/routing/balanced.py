@@ -3,11 +3,14 @@
 Axes: P ranks, E experts, S slots, J slots of experts that have several.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jax_eplb.placement import PlacementTables
+from jax_eplb.routing.balanced_kernel import MAX_REPLICATED_SLOTS, kernel_share
 from jax_eplb.routing.leveling import NodeSupply, Supply, describe, own_share, whole_quota
 from jax_eplb.routing.ranks import Ranks
 
@@ -43,13 +46,17 @@ def balanced_share(
     >>> [balanced_share(counts, tables, jnp.int32(rank), ranks).tolist() for rank in range(2)]
     [[4, 1, 1, 0], [0, 0, 2, 2]]
     """
-    return plain_share(counts, tables, rank, ranks)
+    plain = functools.partial(plain_share, ranks=ranks)
+    if not 0 < tables.replicated_slots.size <= MAX_REPLICATED_SLOTS:
+        return plain(counts, tables, rank)
+    kernel = functools.partial(kernel_share, ranks=ranks)
+    return jax.lax.platform_dependent(counts, tables, rank, cuda=kernel, default=plain)
 
 
 def plain_share(
     counts: Int[Array, "P E"], tables: PlacementTables, rank: Int[Array, ""], ranks: Ranks
 ) -> Int[Array, "S"]:
-    """In plain JAX."""
+    """The same in plain JAX: elsewhere than on a GPU, and for very many replicas."""
     num_slots = tables.slot_to_expert.size
     expert_of_slot = tables.slot_to_expert
     own = counts[rank, expert_of_slot]

@@ -30,11 +30,13 @@ def kernel_share(
     rank: Int[Array, ""],
     ranks: Ranks,
     *,
-    num_warps: int = 4,
+    num_warps: int | None = None,
     interpret: bool = False,
 ) -> Int[Array, "S"]:
     """As `plain_share`, for J up to `MAX_REPLICATED_SLOTS` but not 0."""
     num_experts, num_slots = counts.shape[1], tables.slot_to_expert.size
+    if num_warps is None:
+        num_warps = 4 if tables.replicated_slots.size <= 32 else 8  # as measured on an H200
     inputs = (
         rank.reshape(1),
         counts,
@@ -103,9 +105,7 @@ def _kernel(
     if not interpret:
         plgpu.debug_barrier()  # other threads read what was stored
 
-    tokens, before, near_before = (
-        _load_row(sums_ref, row, expert, used) for row in range(3)
-    )
+    tokens, before, near_before = (_load_row(sums_ref, row, expert, used) for row in range(3))
     fixed = _load_row(sums_ref, 0, expert_beside, is_single).sum(axis=1, dtype=jnp.int32)
     mean = sums[0].sum(dtype=jnp.int32).astype(jnp.float32) / num_ranks
     replicas = describe(expert, rank_of_slot)
@@ -163,7 +163,9 @@ def _load_row(ref, row, index, mask):
 
 
 def _load_two(ref, row, index, mask):
-    return plgpu.load(ref.at[jnp.where(mask, row, 0), jnp.where(mask, index, 0)], mask=mask, other=0)
+    return plgpu.load(
+        ref.at[jnp.where(mask, row, 0), jnp.where(mask, index, 0)], mask=mask, other=0
+    )
 
 
 def _power(size: int) -> int:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from jax_eplb.kernels import counting_sort
 from jax_eplb.placement import PlacementTables
 
 
@@ -40,11 +41,21 @@ def group_by_expert(
     ([1, 0, 2], [1, 0, 1])
     """
     ids = jnp.where(mask[:, None], experts, num_experts).reshape(-1)
-    choice = jnp.argsort(ids, stable=True).astype(jnp.int32)
-    place = jnp.zeros(ids.size, jnp.int32)
-    place = place.at[choice].set(jnp.arange(ids.size, dtype=jnp.int32), unique_indices=True)
-    expert_tokens = jnp.zeros(num_experts, jnp.int32).at[ids].add(1, mode="drop")
-    return Grouping(choice, place.reshape(experts.shape), expert_tokens)
+    found = counting_sort(ids, num_experts)
+    return Grouping(found.order, found.place.reshape(experts.shape), found.counts)
+
+
+def order_without_replicas(
+    experts: Int[Array, "T K"], mask: Bool[Array, "T"], tables: PlacementTables
+) -> SlotOrder:
+    """The order by slot where every expert has one, so that nothing is to be chosen."""
+    num_slots = len(tables.slot_to_expert)
+    grouping = group_by_expert(tables.expert_to_slots[experts, 0], mask, num_slots)
+    num_choices = grouping.choice.size
+    row = jnp.arange(num_choices, dtype=jnp.int32)
+    choice = jnp.where(row < grouping.expert_tokens.sum(), grouping.choice, num_choices)
+    place = jnp.where(mask[:, None], grouping.place, num_choices)
+    return SlotOrder(choice, place, grouping.expert_tokens)
 
 
 def order_by_slot(

@@ -24,39 +24,50 @@ from jax_eplb.placement import leveling_scale
 NUM_STEPS = 24
 NUM_ROUNDS = 8
 _RELAXATION = 1.6
-_LEAST, _MOST = -(2**31), 2**31 - 1
+_FAR = 2**31 - 1  # above any height
 
 
 class Replicas(NamedTuple):
-    """The slots: number, expert and rank of each, and which pairs share the latter two."""
+    """The slots: number, expert and rank of each, and which pairs share the latter two.
+
+    The masks are -1 where a pair does and 0 elsewhere, to be combined with `&`: a GPU needs fewer
+    instructions for that than for a choice.
+    """
 
     index: Int[Array, "J"]
-    expert: Int[Array, "J"]
     rank: Int[Array, "J"]
-    same_expert: Bool[Array, "J J"]
-    same_rank: Bool[Array, "J J"]
+    same_expert: Int[Array, "J J"]
+    same_rank: Int[Array, "J J"]
+    count: Int[Array, "J"]  # slots of the same expert
 
 
 def describe(expert: Int[Array, "J"], rank: Int[Array, "J"]) -> Replicas:
     index = jnp.arange(expert.size, dtype=jnp.int32)
-    same_expert = expert[:, None] == expert[None]
-    return Replicas(index, expert, rank, same_expert, rank[:, None] == rank[None])
+    same_expert = mask_of(expert[:, None] == expert[None])
+    same_rank = mask_of(rank[:, None] == rank[None])
+    count = total(same_expert, jnp.ones_like(index))
+    return Replicas(index, rank, same_expert, same_rank, count)
 
 
-def total(mask: Bool[Array, "J J"], values: Array) -> Array:
-    """For each slot, the sum over those that the mask joins it with."""
-    zero = jnp.zeros((), values.dtype)
-    return jnp.where(mask, values[:, None], zero).sum(axis=0, dtype=values.dtype)
+def mask_of(choice: Bool[Array, "..."]) -> Int[Array, "..."]:
+    return -choice.astype(jnp.int32)
 
 
-def largest(mask: Bool[Array, "J J"], values: Int[Array, "J"]) -> Int[Array, "J"]:
-    """The same for the maximum; the mask joins every slot with itself."""
-    return jnp.where(mask, values[:, None], jnp.int32(_LEAST)).max(axis=0)
+def total(mask: Int[Array, "J J"], values: Array) -> Array:
+    """For each slot, the sum over those that the mask joins it with, in its row."""
+    if values.dtype == jnp.int32:
+        return (mask & values[None]).sum(axis=1, dtype=jnp.int32)
+    return jnp.where(mask < 0, values[None], 0.0).sum(axis=1)
+
+
+def largest(mask: Int[Array, "J J"], values: Int[Array, "J"]) -> Int[Array, "J"]:
+    """The same for the largest of numbers that are not negative; 0 if it joins none."""
+    return (mask & values[None]).max(axis=1)
 
 
 def transform(matrix: Float[Array, "J J"], vector: Float[Array, "J"]) -> Float[Array, "J"]:
     """The product with a symmetric matrix, in full float32 on any device."""
-    return (matrix * vector[:, None]).sum(axis=0)
+    return (matrix * vector[None]).sum(axis=1)
 
 
 def whole_quota(
@@ -84,12 +95,11 @@ def divide(
 
     Numbers should be of the order of one: in tokens of a mean rank, say.
     """
-    one = jnp.ones_like(tokens)
-    scale = leveling_scale(total(replicas.same_rank, one))
-    even = tokens / total(replicas.same_expert, one)
+    crowd = total(replicas.same_rank, jnp.ones_like(replicas.index))
+    scale = leveling_scale(crowd.astype(jnp.float32))
+    even = tokens / replicas.count.astype(jnp.float32)
     height = fixed + total(replicas.same_rank, even)
     start = even * scale
-
     middle = start - transform(leveling, start + height / scale)
 
     def step(_, state):
@@ -112,29 +122,34 @@ def round_off(
     replicas: Replicas,
     num_rounds: int = NUM_ROUNDS,
 ) -> Int[Array, "J"]:
-    """Whole tokens near the division; an expert's add up exactly, whatever was given.
+    """Whole tokens near the division; an expert's add up exactly.
 
-    Rounded down, with each left-over token to its expert's least loaded slots; then so many rounds
-    in which pairs of ranks level out.
+    Rounded down, with the left-over tokens to their expert's least loaded slots; then so many
+    rounds in which pairs of ranks level out.
     """
     index, same_expert, same_rank = replicas.index, replicas.same_expert, replicas.same_rank
-    whole = jnp.clip(jnp.floor(slots + 1e-3).astype(jnp.int32), 0, tokens)
+    # A little less, as far as floats may be wrong: what is left over must not be negative.
+    whole = jnp.floor(slots * (1 - 2.0**-18) + 1e-3).astype(jnp.int32)
     left = tokens - total(same_expert, whole)
-    key = _sort_key(fixed + total(same_rank, whole) - mean, index)
-    lower = same_expert & (key[:, None] < key[None])
-    place = lower.astype(jnp.int32).sum(axis=0, dtype=jnp.int32)
-    whole = whole + (place < left).astype(jnp.int32)
-    # Floats miss more than that among millions of tokens: the fullest slot makes it up.
-    left = tokens - total(same_expert, whole)
-    fullest = jnp.where(whole == largest(same_expert, whole), -index, -index.size)
-    whole = whole + jnp.where(-index == largest(same_expert, fullest), left, 0)
+    bits, bound = _bits(index.size), 1 << (29 - _bits(index.size))
+
+    def height_of(whole):
+        # Not negative, so that it sorts; ranks 2^29 / J tokens off the mean count as equal.
+        load = fixed + total(same_rank, whole)
+        return jnp.clip(load - mean, -bound, bound - 1) + bound
+
+    key = (height_of(whole) << bits) | index
+    lower = same_expert & mask_of(key[None] < key[:, None])
+    place = -lower.sum(axis=1, dtype=jnp.int32)
+    each = jax.lax.div(left, replicas.count)
+    whole = whole + each + (place < left - each * replicas.count).astype(jnp.int32)
 
     def level(_, state):
         whole, way_down = state
-        height = fixed + total(same_rank, whole) - mean
-        return _level_pairs(whole, height, way_down, replicas)
+        return _level_pairs(whole, height_of(whole), way_down, replicas)
 
-    unknown = jnp.maximum(whole, _MOST)  # inside `shard_map` it varies, as `whole` does
+    # Always as many: to find out whether a round changed anything takes a GPU as long as the round.
+    unknown = jnp.maximum(whole, _FAR)  # inside `shard_map` it varies, as `whole` does
     return jax.lax.fori_loop(0, num_rounds, level, (whole, unknown))[0]
 
 
@@ -152,32 +167,26 @@ def _level_pairs(
     """
     same_expert, same_rank = replicas.same_expert, replicas.same_rank
     bits = _bits(height.size)
-    # The last bit of the sorted value tells which of two equal ranks has no way down.
-    key = _sort_key(2 * height + (way_down >= height).astype(jnp.int32), replicas.index)
-    highest = largest(same_expert, jnp.where(whole > 0, key, jnp.int32(_LEAST)))
-    lowest = -largest(same_expert, -key)
+    has_some = mask_of(whole > 0)
+    # By height; of equal ranks, those that have a way down count as lower.
+    key = ((2 * height + (way_down >= height).astype(jnp.int32)) << bits) | replicas.index
+    highest = largest(same_expert, has_some & key)
+    lowest = _FAR - largest(same_expert, _FAR - key)
     lowest_height, is_end = lowest >> (bits + 1), (lowest >> bits) & 1
     gap = (highest >> (bits + 1)) - lowest_height
-    rank_of_gap = 2 * gap - is_end
-    is_source = (key == highest) & (whole > 0) & (rank_of_gap > 1)
-    is_target = (key == lowest) & (rank_of_gap > 1)
-    # The place of its source tells experts with equal differences apart.
-    bid = _sort_key(rank_of_gap, highest & ((1 << bits) - 1))
-    bid = jnp.where(is_source | is_target, bid, -1)
+    gain = 2 * gap - is_end
+    is_source = (key == (has_some & highest)) & (gain > 1)
+    is_target = (key == lowest) & (gain > 1)
+    # The place of its source tells experts with equal gains apart.
+    bid = mask_of(is_source | is_target) & ((gain << bits) | (highest & ((1 << bits) - 1)))
     heard = bid == largest(same_rank, bid)
-    offer = jnp.where(is_source & heard, jnp.minimum((gap + 1) >> 1, whole), 0)
-    accepted = total(same_expert, (is_target & heard).astype(jnp.int32))
-    shifted = total(same_expert, offer) * accepted
-    shift = jnp.where(is_target, shifted, 0) - jnp.where(is_source, shifted, 0)
-    way_down = -largest(same_rank, jnp.where(whole > 0, -lowest_height, jnp.int32(-_MOST)))
+    # One sum for both: the source's offer, doubled, and whether the target takes it.
+    offer = mask_of(is_source & heard) & (2 * jnp.minimum(jnp.maximum(gap >> 1, 1), whole))
+    deal = total(same_expert, offer | (is_target & heard).astype(jnp.int32))
+    shifted = (deal >> 1) * (deal & 1)
+    shift = (mask_of(is_target) & shifted) - (mask_of(is_source) & shifted)
+    way_down = _FAR - largest(same_rank, has_some & (_FAR - lowest_height))
     return whole + shift, way_down
-
-
-def _sort_key(value: Int[Array, "J"], index: Int[Array, "J"]) -> Int[Array, "J"]:
-    """Sorts by value, then by index. Values of more than 2^30 / J (16 million for 64) are cut."""
-    bits = _bits(index.size)
-    bound = 1 << (30 - bits)
-    return (jnp.clip(value, -bound, bound - 1) << bits) + index
 
 
 def _bits(size: int) -> int:
@@ -216,32 +225,32 @@ def own_share(
     goes to the quota beside it: every rank sees the same picture, and nobody has to ask another.
     """
     same_expert = replicas.same_expert
-    earlier = replicas.index[:, None] < replicas.index[None]
-    is_own, is_before = replicas.rank == rank, replicas.rank < rank
+    earlier = mask_of(replicas.index[None] < replicas.index[:, None])
+    earlier_same_expert = same_expert & earlier
+    is_own, is_before = mask_of(replicas.rank == rank), mask_of(replicas.rank < rank)
 
-    same_place = same_expert & replicas.same_rank & earlier
+    same_place = earlier_same_expert & replicas.same_rank
     kept = jnp.clip(supply.there - total(same_place, quota), 0, quota)
     quota = quota - kept
-    share = jnp.where(is_own, kept, 0)
+    share = is_own & kept
     own = supply.own - total(same_expert, share)
-    before = supply.before - total(same_expert, jnp.where(is_before, kept, 0))
+    before = supply.before - total(same_expert, is_before & kept)
 
     if near is not None:
         # Within each node: what its ranks have left beside what its slots have left.
-        is_near = near.node == near.own_node
-        same_node = same_expert & (near.node[:, None] == near.node[None])
+        is_near = mask_of(near.node == near.own_node)
+        same_node = same_expert & mask_of(near.node[:, None] == near.node[None])
         first = total(same_node & earlier, quota)
         taken = jnp.clip(near.there - total(same_node, kept) - first, 0, quota)
-        near_quota = total(same_expert, jnp.where(is_near, quota, 0))
-        near_kept = total(same_expert, jnp.where(is_near & is_before, kept, 0))
-        near_before = near.before - near_kept
-        share = share + jnp.where(is_near, _overlap(near_before, own, first, quota), 0)
-        taken_before = total(same_expert, jnp.where(near.node < near.own_node, taken, 0))
+        near_quota = total(same_expert, is_near & quota)
+        near_before = near.before - total(same_expert, is_near & is_before & kept)
+        share = share + (is_near & _overlap(near_before, own, first, quota))
+        taken_before = total(same_expert, mask_of(near.node < near.own_node) & taken)
         before = before - taken_before - jnp.minimum(near_before, near_quota)
         own = own - jnp.clip(near_quota - near_before, 0, own)
         quota = quota - taken
 
-    first = total(same_expert & earlier, quota)
+    first = total(earlier_same_expert, quota)
     return share + _overlap(before, own, first, quota)
 
 

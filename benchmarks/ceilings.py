@@ -1,0 +1,102 @@
+"""What a device can do at most, and times of calls in bursts, alike for everything compared.
+
+A GPU lowers its clocks under a long load. So each figure is taken from short bursts of calls after
+a rest, the ceilings too, and the median of the bursts counts.
+"""
+
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_BURSTS, _BURST_SECONDS, _REST_SECONDS = 5, 0.02, 0.05
+
+
+class Ceilings(NamedTuple):
+    """Rates that no program on the device exceeds by much."""
+
+    bandwidth: float  # bytes per second, read and written together
+    flops: float  # per second, of a large matrix product
+
+    def floor_ms(self, num_bytes: float, num_flops: float) -> float:
+        """The least time for so many bytes and operations, which may overlap.
+
+        >>> Ceilings(bandwidth=1e12, flops=1e14).floor_ms(num_bytes=2e9, num_flops=1e11)
+        2.0
+        """
+        return 1e3 * max(num_bytes / self.bandwidth, num_flops / self.flops)
+
+
+def measure_ceilings(dtype: str, *, size: int | None = None) -> Ceilings:
+    """Copy a large array, and multiply two large matrices of `size` rows and columns."""
+    size = size or (8192 if jax.default_backend() == "gpu" else 1024)
+    left, right = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
+    large = jnp.tile(left.reshape(-1), 16)
+    num_bytes = large.nbytes
+    copy_ms = burst_ms(jax.jit(lambda x: x + 1), large)
+    del large
+    product_ms = burst_ms(jax.jit(jnp.matmul), left, right)
+    return Ceilings(2e3 * num_bytes / copy_ms, 2e3 * size**3 / product_ms)
+
+
+def compile_all(calls: Mapping[Any, tuple[Callable, Sequence]]) -> dict[Any, Any]:
+    """Compile several functions of arguments at once; the error's text for one that fails."""
+
+    def compiled(call):
+        function, arguments = call
+        try:
+            return jax.jit(function).lower(*arguments).compile()
+        except Exception as error:  # a peer may refuse a shape in any way
+            return f"{type(error).__name__}: {error}"
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip(calls, pool.map(compiled, calls.values()), strict=True))
+
+
+def burst_ms(call: Callable, *arguments, bursts: int = _BURSTS) -> float:
+    """Median time of one call, among bursts of calls that are launched without waiting."""
+    jax.block_until_ready(call(*arguments))
+    start = time.perf_counter()
+    jax.block_until_ready(call(*arguments))
+    calls = math.ceil(min(100.0, _BURST_SECONDS / (time.perf_counter() - start)))
+    times = []
+    for _ in range(bursts):
+        time.sleep(_REST_SECONDS if jax.default_backend() == "gpu" else 0)
+        start = time.perf_counter()
+        results = [call(*arguments) for _ in range(calls)][-1]
+        jax.block_until_ready(results)
+        times.append(1e3 * (time.perf_counter() - start) / calls)
+    return float(np.median(times))
+
+
+def device_ms(call: Callable, *arguments, calls: int = 5) -> float:
+    """Time that one call keeps the device busy: on a GPU what its profiler adds up.
+
+    Elsewhere the time of the call. A short kernel takes less than its launch, so the time of a
+    call would show the launch.
+    """
+    if jax.default_backend() != "gpu":
+        return burst_ms(call, *arguments)
+    jax.block_until_ready(call(*arguments))
+    time.sleep(_REST_SECONDS)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready([call(*arguments) for _ in range(calls)])
+        (file,) = Path(folder).glob("**/*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(file)).planes
+        return sum(
+            event.duration_ns / 1e6 / calls
+            for plane in planes
+            if "GPU" in plane.name
+            for line in plane.lines
+            if "Stream" in line.name
+            for event in line.events
+        )

@@ -1,0 +1,145 @@
+import functools
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from jax.sharding import PartitionSpec as P
+from scipy.optimize import linprog
+
+from jax_eplb.mesh import expert_mesh
+from jax_eplb.routing import Ranks
+from jax_eplb.routing.balanced import balanced, plain_share
+from jax_eplb.routing.balanced_kernel import kernel_share
+from tests.replica_choice_cases import (
+    SHAPES,
+    Batch,
+    batches,
+    check_shares,
+    compiled,
+    draw_batch,
+    shares,
+)
+
+
+def divided(batch: Batch) -> np.ndarray:
+    """int64[P, S]."""
+    return shares(compiled(plain_share, batch.ranks), batch, own_counts=False)
+
+
+def rank_loads(share: np.ndarray, batch: Batch) -> np.ndarray:
+    return share.sum(axis=0).reshape(batch.ranks.num_ranks, -1).sum(axis=1)
+
+
+def least_largest_load(batch: Batch) -> float:
+    """Of all divisions, fractions allowed: a linear programme."""
+    num_ranks, num_slots = batch.ranks.num_ranks, batch.table.size
+    by_expert = batch.table == np.arange(batch.counts.shape[1])[:, None]
+    by_rank = np.kron(np.eye(num_ranks), np.ones(num_slots // num_ranks))
+    total = batch.counts.sum(axis=0, dtype=np.float64)
+    unit = max(total.sum() / num_ranks, 1)
+    result = linprog(
+        np.append(np.zeros(num_slots), 1),
+        A_ub=np.column_stack([by_rank, np.full(num_ranks, -1)]),
+        b_ub=np.zeros(num_ranks),
+        A_eq=np.column_stack([by_expert, np.zeros(len(by_expert))]),
+        b_eq=total / unit,
+    )
+    assert result.success
+    return result.fun * unit
+
+
+@given(batches)
+def test_no_token_is_lost_and_the_fullest_rank_is_a_linear_programmes(batch):
+    found = divided(batch)
+    check_shares(found, batch)
+    loads = rank_loads(found, batch)
+    least = least_largest_load(batch)
+    assert least - 1e-6 * loads.mean() <= loads.max() <= least + 1 + 1e-3 * loads.mean()
+
+
+@given(batches)
+def test_tokens_stay_where_they_are_as_far_as_the_quotas_go(batch):
+    found, per_rank = divided(batch), batch.ranks.slots_per_rank
+    quota = found.sum(axis=0)
+    for rank, expert in itertools.product(*map(range, batch.counts.shape)):
+        held = np.flatnonzero(batch.table == expert)
+        here = held[held // per_rank == rank]
+        own = min(batch.counts[rank, expert], quota[here].sum())
+        assert found[rank, here].sum() == own
+        per_node = batch.ranks.ranks_per_node
+        if per_node is None or rank % per_node:
+            continue
+        ranks = np.arange(rank, rank + per_node)
+        near = held[held // per_rank // per_node == rank // per_node]
+        tokens = batch.counts[ranks, expert].sum(dtype=np.int64)
+        assert found[np.ix_(ranks, near)].sum() == min(tokens, quota[near].sum())
+
+
+def test_small_batches_are_as_level_as_any_division_in_whole_tokens():
+    worse = 0
+    for seed in range(30):
+        generator = np.random.default_rng(seed)
+        table = np.array([0, 1, 2, 0, 1, 3, 2, 4, 0])
+        counts = generator.integers(0, 5, (3, 5)).astype(np.int32)
+        batch = Batch(counts, table, Ranks("expert", 3, 3))
+        worse += rank_loads(divided(batch), batch).max() - least_by_trial(batch)
+    assert worse <= 1
+
+
+def least_by_trial(batch: Batch) -> int:
+    """The largest rank load of the best division, among all of them."""
+    loads = {(0, 0, 0)}
+    for expert, tokens in enumerate(batch.counts.sum(axis=0)):
+        ranks = np.flatnonzero(batch.table == expert) // batch.ranks.slots_per_rank
+        parts = [p for p in itertools.product(range(tokens + 1), repeat=len(ranks) - 1)]
+        parts = [(*p, tokens - sum(p)) for p in parts if sum(p) <= tokens]
+        added = {tuple(np.bincount(ranks, weights=part, minlength=3)) for part in parts}
+        loads = {tuple(np.add(old, new)) for old in loads for new in added}
+    return int(min(map(max, loads)))
+
+
+def test_a_large_batch_is_divided_exactly():
+    """Past 2^24 floats no longer count in ones."""
+    table = np.array([0, 1, 2, 3, 0, 1, 3, 2])
+    counts = np.array([[2**26 + 1, 3, 2**25 + 7, 1], [2**27 + 5, 2**24 + 1, 0, 2**28 + 3]])
+    batch = Batch(counts.astype(np.int32), table, Ranks("expert", 2, 4))
+    found = divided(batch)
+    check_shares(found, batch)
+    assert rank_loads(found, batch).max() <= least_largest_load(batch) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[0] < shape[1]])
+def test_the_kernel_and_plain_jax_agree_to_the_token(shape):
+    for seed in range(4):
+        batch = draw_batch(shape, seed)
+        kernel = interpreted(batch.ranks)
+        np.testing.assert_array_equal(shares(kernel, batch, own_counts=False), divided(batch))
+
+
+@functools.cache
+def interpreted(ranks: Ranks):
+    return jax.jit(functools.partial(kernel_share, ranks=ranks, interpret=True))
+
+
+def in_shard_map(batch: Batch):
+    def own(counts, tables):
+        return balanced(counts[0], tables, batch.ranks)[None]
+
+    specs = {"in_specs": (P("expert"), P()), "out_specs": P("expert")}
+    return jax.jit(jax.shard_map(own, mesh=expert_mesh(batch.ranks.num_ranks), **specs))
+
+
+def test_in_a_shard_map_each_rank_reads_off_its_own_share():
+    batch = draw_batch((7, 12, 6, 3), 1)
+    found = in_shard_map(batch)(batch.counts, batch.tables)
+    np.testing.assert_array_equal(found, divided(batch))
+
+
+def test_on_a_gpu_it_is_one_kernel():
+    batch = draw_batch((7, 12, 6, 3), 1)
+    traced = in_shard_map(batch).trace(batch.counts, batch.tables)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("xla.gpu.triton") == 1
+    assert "stablehlo.while" not in text

@@ -1,0 +1,61 @@
+"""The benchmarks of the grouped product and of the layer, at tiny sizes."""
+
+import json
+
+import pytest
+
+from benchmarks import grouped_matmul, layer
+from benchmarks.ceilings import Ceilings, burst_ms, compile_all
+
+GIVEN = ["--bandwidth", "1e10", "--flops", "1e11"]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    for module in (grouped_matmul, layer):
+        monkeypatch.setattr(module, "measure_ceilings", lambda dtype: Ceilings(1.0, 1.0))
+        monkeypatch.setattr(module, "burst_ms", lambda *call: burst_ms(*call, bursts=1))
+    monkeypatch.setattr(layer, "CPU_LAYERS", (layer.Layer("tiny", 16, 8, 4, 4, 2),))
+
+
+@pytest.mark.parametrize("options", [[], ["--gradients"]])
+def test_products_are_compared_with_ragged_dot_and_their_floor(capsys, options):
+    grouped_matmul.main(["--shape", "3", "40", "8", "4", *GIVEN, "--json", *options])
+    found = json.loads(capsys.readouterr().out)
+    rows = {row["implementation"]: row for row in found["rows"]}
+    assert set(rows) == {"default", "ragged_dot", "blocked", "reference"}
+    assert rows["ragged_dot"]["of_ragged_dot"] == 1
+    assert found["machine"]["bandwidth"] == 1e10
+    # All three groups have rows here: 3·8·4 weights, 40 rows of 8 in, of 4 out.
+    products = 3 if options else 1
+    floor = 1e3 * max(4 * (96 + 480) / 1e10, 2 * 40 * 32 / 1e11) * products
+    assert rows["default"]["floor_ms"] == pytest.approx(floor)
+
+
+def test_products_print_a_table(capsys):
+    grouped_matmul.main(["--shape", "3", "40", "8", "4", *GIVEN])
+    assert "3 × 40 × 8 × 4" in capsys.readouterr().out
+
+
+def test_the_layer_is_compared_with_ragged_dot_and_timed_by_stage(capsys):
+    layer.main([*GIVEN, "--stages", "--json"])
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["layer"] == "tiny"
+    assert row["of_peer"] == pytest.approx(row["peer_ms"] / row["ms"])
+    assert all(row[stage] > 0 for stage in layer.STAGES)
+    values = row["experts"] * 3 * 8 * 4 + 2 * 16 * 8
+    assert row["floor_ms"] == pytest.approx(1e3 * max(4 * values / 1e10, 2 * 32 * 96 / 1e11))
+
+
+def test_the_layer_prints_a_table_of_those_asked_for(capsys):
+    layer.main([*GIVEN, "--layer", "tiny"])
+    assert "tiny" in capsys.readouterr().out
+
+
+def test_a_call_that_does_not_compile_leaves_its_reason():
+    def wrong(x):
+        raise ValueError("too small")
+
+    found = compile_all({"good": (abs, [1.0]), "wrong": (wrong, [1.0])})
+    assert found["good"](-2.0) == 2
+    assert found["wrong"] == "ValueError: too small"

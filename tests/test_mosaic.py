@@ -1,0 +1,130 @@
+"""The kernels for Hopper GPUs on machines that have none: lowered, and interpreted if JAX can."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import PartitionSpec as P
+
+from jax_eplb import expert_mesh
+from jax_eplb.kernels import ACTIVATIONS, grouped_matmul
+from jax_eplb.kernels.mosaic import mosaic
+from jax_eplb.kernels.mosaic_gradient import mosaic_weight_gradient
+from jax_eplb.kernels.mosaic_kernel import Tiles, mosaic_product
+
+SIZES = (30, 0, 100)  # and 70 rows of padding
+
+
+def shapes(num_rows=1024, groups=8, depth=128, width=512):
+    bfloat16 = jnp.bfloat16
+    return (
+        jax.ShapeDtypeStruct((num_rows, depth), bfloat16),
+        jax.ShapeDtypeStruct((groups, depth, width), bfloat16),
+        jax.ShapeDtypeStruct((groups, width // 2, depth), bfloat16),
+        jax.ShapeDtypeStruct((groups,), jnp.int32),
+    )
+
+
+def feed_forward(rows, up, down, sizes):
+    return mosaic(mosaic(rows, up, sizes, "swiglu"), down, sizes)
+
+
+def kernels_in(function, *arguments):
+    lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+    return lowered.as_text().count("stablehlo.custom_call @mosaic_gpu")
+
+
+def test_a_feed_forward_is_two_kernels():
+    assert kernels_in(feed_forward, *shapes()) == 2
+
+
+def test_its_gradient_writes_out_what_enters_the_activation_and_takes_six():
+    def loss(*arguments):
+        return feed_forward(*arguments).astype(jnp.float32).sum()
+
+    assert kernels_in(jax.grad(loss, argnums=(0, 1, 2)), *shapes()) == 6
+
+
+def test_it_can_stand_in_shard_map_in_scan_and_be_differentiated_there():
+    def scanned(rows, up, down, sizes):
+        def layer(rows, _):
+            return feed_forward(rows, up, down, sizes), None
+
+        return jax.lax.scan(layer, rows, None, length=3)[0]
+
+    def local(rows, *rest):
+        out, transpose = jax.vjp(lambda rows: scanned(rows, *rest), rows)
+        return transpose(out)[0]
+
+    split = P("expert")
+    run = jax.shard_map(local, mesh=expert_mesh(1), in_specs=(split,) * 4, out_specs=split)
+    assert kernels_in(run, *shapes()) > 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "weights", "activation", "message"),
+    [
+        ((8, 64, jnp.float32), (2, 64, 64, jnp.float32), None, "bfloat16 or float16, not float32"),
+        ((8, 64, jnp.bfloat16), (2, 64, 64, jnp.float16), None, "not bfloat16 and float16"),
+        ((8, 96, jnp.bfloat16), (2, 96, 64, jnp.bfloat16), None, "multiples of 64, not 96 and 64"),
+        ((8, 64, jnp.bfloat16), (2, 64, 64, jnp.bfloat16), "swiglu", "second), not 64 and 32"),
+        ((0, 64, jnp.bfloat16), (2, 64, 64, jnp.bfloat16), None, "at least one row"),
+    ],
+)
+def test_what_it_cannot_take_is_refused_with_what_it_takes(rows, weights, activation, message):
+    with pytest.raises(ValueError, match=message.replace(")", r"\)")):
+        grouped_matmul(
+            jnp.zeros(rows[:2], rows[2]),
+            jnp.zeros(weights[:3], weights[3]),
+            jnp.zeros(2, jnp.int32),
+            activation=activation,
+            implementation="mosaic",
+        )
+
+
+@contextlib.contextmanager
+def interpreted():
+    if jax.default_backend() == "gpu":
+        yield
+        return
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        yield
+
+
+@pytest.mark.skipif(
+    not hasattr(plgpu, "force_gpu_interpret_mode"), reason="JAX before 0.11 cannot interpret them"
+)
+@pytest.mark.parametrize("width", [64, 384])
+@pytest.mark.parametrize("block_m", [64, 128])
+def test_interpreted_they_give_numpys_results(width, block_m):
+    generator = np.random.default_rng(0)
+    rows, weights, grad = (
+        jnp.asarray(generator.normal(size=shape), jnp.bfloat16)
+        for shape in ((200, 64), (3, 64, width), (200, width))
+    )
+    sizes = jnp.array(SIZES, jnp.int32)
+    few = {"num_blocks": 2}
+    with interpreted():
+        found = [
+            mosaic_product(rows, weights, sizes, Tiles(block_m), **few),
+            mosaic_product(grad, weights, sizes, Tiles(block_m), transpose_weights=True, **few),
+            mosaic_weight_gradient(rows, grad, sizes, **few),
+        ]
+        if width % 128 == 0:
+            gated = {"activation": ACTIVATIONS["swiglu"].function, "gated": True}
+            found.append(mosaic_product(rows, weights, sizes, Tiles(block_m), **gated, **few))
+    rows, weights, grad = (np.asarray(x, np.float32) for x in (rows, weights, grad))
+    product, grad_rows = np.zeros_like(grad), np.zeros_like(rows)
+    grad_weights = np.zeros_like(weights)
+    for group, (end, size) in enumerate(zip(np.cumsum(SIZES), SIZES, strict=True)):
+        own = slice(end - size, end)
+        product[own] = rows[own] @ weights[group]
+        grad_rows[own] = grad[own] @ weights[group].T
+        grad_weights[group] = rows[own].T @ grad[own]
+    expected = [product, grad_rows, grad_weights, ACTIVATIONS["swiglu"](jnp.asarray(product))]
+    for got, exact in zip(found, expected, strict=False):
+        error = np.linalg.norm(np.asarray(got, np.float32) - exact)
+        assert error < 0.005 * np.linalg.norm(exact)
