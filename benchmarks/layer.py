@@ -3,10 +3,11 @@
     python -m benchmarks.layer [--layer NAME] [--stages] [--json]
 
 The layer routes, counts the load, sorts, gathers, multiplies with gate and up and with down, and
-combines, on one rank, in bfloat16. Routing is skewed: a lognormal factor on each expert's odds. On
-a GPU the layers are those of Qwen3-30B and Mixtral 8x7B, and 64 of DeepSeek-R1's experts, and
-transformers' block of experts (`grouped_mm`, compiled) runs on the same inputs, where it is
-installed; on a CPU a small layer runs with `lax.ragged_dot` as the peer.
+combines, on one rank, in bfloat16. Routing is skewed: a lognormal(0, 0.5) factor on each expert's
+odds, so that the busiest has three to six times the mean load. On a GPU the layers are those of
+Qwen3-30B and Mixtral 8x7B, and 64 of DeepSeek-R1's experts, and transformers' block of experts
+(`grouped_mm`, compiled) runs on the same inputs, where it is installed; on a CPU a small layer runs
+with `lax.ragged_dot` as the peer.
 
 The floor is the larger of the bytes (weights of the experts that get tokens, tokens in and out)
 over the bandwidth, and of the products' operations over the rate of a large matrix product; both
@@ -36,10 +37,11 @@ from jax_eplb.mesh import expert_mesh
 from jax_eplb.moe.config import MoEConfig
 from jax_eplb.moe.feed_forward import ExpertWeights
 from jax_eplb.moe.forward import MoEParams, moe_forward
-from jax_eplb.placement import derive_tables
 from jax_eplb.routing import RouterConfig, route
+from jax_eplb.tables import derive_tables
 
 _SEED = 20261126
+_SKEW = 0.5  # standard deviation of the experts' log odds
 
 
 class Layer(NamedTuple):
@@ -75,20 +77,22 @@ def draw(layer: Layer) -> tuple[np.ndarray, np.ndarray]:
     generator = np.random.default_rng([_SEED, *layer[1:]])
     tokens = generator.normal(size=(layer.tokens, layer.embed)).astype(np.float32)
     router = generator.normal(size=(layer.embed, layer.experts)) / layer.embed**0.5
-    tokens[:, 0], router[0] = 1, generator.normal(size=layer.experts)
+    tokens[:, 0], router[0] = 1, generator.normal(scale=_SKEW, size=layer.experts)
     return tokens, router.astype(np.float32)
 
 
 def parameters(layer: Layer, router: np.ndarray, dtype: str) -> MoEParams:
-    def bank(key, depth, width):
-        shape = layer.experts, depth, width
-        return jax.jit(lambda key: jax.random.normal(key, shape, dtype) * depth**-0.5)(key)
-
     up, down = jax.random.split(jax.random.key(_SEED))
     experts = ExpertWeights(
-        bank(up, layer.embed, 2 * layer.hidden), bank(down, layer.hidden, layer.embed)
+        _bank(up, (layer.experts, layer.embed, 2 * layer.hidden), dtype),
+        _bank(down, (layer.experts, layer.hidden, layer.embed), dtype),
     )
     return MoEParams(jnp.asarray(router), experts)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def _bank(key, shape: tuple[int, ...], dtype: str):
+    return jax.random.normal(key, shape, dtype) * shape[1] ** -0.5
 
 
 def on_one_rank(layer: Layer, kernel: str | None):

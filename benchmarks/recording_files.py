@@ -68,13 +68,20 @@ class Recording:
         return [Size(self.num_experts, *size) for size in by_experts[self.num_experts]]
 
 
-def read_recordings(paths: Iterable[str]) -> tuple[list[Recording], list[str]]:
+def read_recordings(
+    paths: Iterable[str], *, least_windows: int = _LEAST_WINDOWS, any_experts: bool = False
+) -> tuple[list[Recording], list[str]]:
     """Every usable recording of the files, and a note on each array that is left out.
+
+    Usable are those with enough windows, of as many experts as the tables of sizes above know, or
+    of any number with `any_experts`.
 
     Raises RecordingError for what is no recording, and for a file without any.
     """
     recordings: list[Recording] = []
     notes: list[str] = []
+    known_experts = "any number of" if any_experts else _known_experts()
+    wanted = f"{least_windows} windows or more of {known_experts} experts"
     for path in paths:
         try:
             with np.load(path) as file:
@@ -91,23 +98,24 @@ def read_recordings(paths: Iterable[str]) -> tuple[list[Recording], list[str]]:
             _check(path, name, array)
             if name == _TRACE:
                 # A file may say of how many, for the last ones may never be chosen.
-                known = int(arrays.get("num_experts", 0))
-                recording = shuffle(Path(path).stem, array, known)
+                num_experts = int(arrays.get("num_experts", 0))
+                recording = shuffle(Path(path).stem, array, num_experts)
             else:
                 recording = Recording(name, array)
             num_windows = len(recording.windows)
-            if num_windows < _LEAST_WINDOWS or recording.num_experts not in EVEN_SIZES:
+            if num_windows >= least_windows and (
+                any_experts or recording.num_experts in EVEN_SIZES
+            ):
+                recordings.append(recording)
+            else:
                 notes.append(
                     f"{path}, array {name} left out: {num_windows} windows of "
-                    f"{recording.num_experts} experts; used are {_LEAST_WINDOWS} windows or more "
-                    f"of {_known_experts()} experts"
+                    f"{recording.num_experts} experts; used are {wanted}"
                 )
-            else:
-                recordings.append(recording)
         if len(recordings) == found:
             raise RecordingError(
-                f"--recordings {path}: no array with {_LEAST_WINDOWS} windows or more of "
-                f"{_known_experts()} experts; give counts [windows, layers, experts]. "
+                f"--recordings {path}: no array with {wanted}; "
+                "give counts [windows, layers, experts]. "
                 f"Arrays: {', '.join(f'{n} {list(a.shape)}' for n, a in arrays.items()) or 'none'}"
             )
     return recordings, notes

@@ -14,3 +14,4 @@ from jax_eplb.placement import Placement as Placement
 from jax_eplb.planner import Plan as Plan
 from jax_eplb.planner import frontier as frontier
 from jax_eplb.planner import plan as plan
+from jax_eplb.routing import RouterConfig as RouterConfig

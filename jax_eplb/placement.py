@@ -1,133 +1,18 @@
-"""Placement: which expert sits in each slot, and the tables derived from it.
+"""Placement: which expert sits in each slot.
 
-Axes: L layers, E experts, S slots, P ranks, N = S / P slots of a rank, R replicas of an expert,
-J slots of experts that have several.
+Axes: L layers, E experts, S slots, P ranks, N = S / P slots of a rank, R replicas of an expert.
 Slots r·N .. r·N + N - 1 belong to rank r.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-
-def max_replicas(num_experts: int, num_slots: int, num_ranks: int) -> int:
-    """The bound R on the replicas of one expert, from the sizes alone.
-
-    Every other expert keeps a slot, and a rank needs no second replica of an expert unless it has
-    more slots than there are experts.
-
-    >>> max_replicas(num_experts=256, num_slots=288, num_ranks=36)
-    33
-    """
-    per_rank = -(-num_slots // (num_ranks * num_experts))  # of one expert, if dealt evenly
-    return min(num_slots - num_experts + 1, num_ranks * per_rank)
-
-
-class PlacementTables(NamedTuple):
-    """What the layer reads to find an expert's replicas; derived, never stored.
-
-    One layer's tables are the same without the axis L. J = `max_replicated_slots`.
-    """
-
-    slot_to_expert: Int[Array, "L S"]
-    slots_by_expert: Int[Array, "L S"]  # the slots of expert 0 first, ascending, then of 1 ...
-    expert_to_slots: Int[Array, "L E R"]  # ascending; S past an expert's last replica
-    replica_count: Int[Array, "L E"]
-    # The slots of experts that have several, as they stand in `slots_by_expert`; S past the last.
-    replicated_slots: Int[Array, "L J"]
-    leveling: Float[Array, "L J J"]  # of `leveling_operator`
-
-
-def max_replicated_slots(num_experts: int, num_slots: int) -> int:
-    """The bound J on the slots whose expert has several: S - E spare ones are of as many experts.
-
-    Rounded up to a power of two, 16 or more, as GPU kernels need; 0 where there are no spare slots.
-
-    >>> max_replicated_slots(num_experts=256, num_slots=288)
-    64
-    """
-    bound = min(num_slots, 2 * (num_slots - num_experts))
-    return max(16, 1 << (bound - 1).bit_length()) if bound else 0
-
-
-@functools.partial(jax.jit, static_argnames=("num_experts", "num_ranks", "max_replicas"))
-def derive_tables(
-    slot_to_expert: Int[Array, "L S"], *, num_experts: int, num_ranks: int, max_replicas: int
-) -> PlacementTables:
-    """Invert `slot_to_expert`.
-
-    >>> sizes = {"num_experts": 3, "num_ranks": 2, "max_replicas": 2}
-    >>> tables = derive_tables(jnp.array([[0, 1, 2, 0]]), **sizes)
-    >>> tables.slots_by_expert[0].tolist(), tables.replicated_slots[0, :3].tolist()
-    ([0, 3, 1, 2], [0, 3, 4])
-    >>> tables.expert_to_slots[0].tolist(), tables.replica_count[0].tolist()
-    ([[0, 3], [1, 4], [2, 4]], [2, 1, 1])
-    """
-    num_slots = slot_to_expert.shape[1]
-
-    def one_layer(experts):
-        order = jnp.argsort(experts, stable=True).astype(jnp.int32)
-        count = jnp.zeros(num_experts, jnp.int32).at[experts].add(1)
-        first = jnp.cumsum(count) - count
-        replica = jnp.arange(max_replicas, dtype=jnp.int32)[None]
-        position = first[:, None] + replica  # [E, R]
-        held = replica < count[:, None]
-        slots = jnp.where(held, order[jnp.minimum(position, num_slots - 1)], num_slots)
-        several = count[experts[order]] > 1
-        num_places = max_replicated_slots(num_experts, num_slots)
-        place = jnp.where(several, jnp.cumsum(several) - 1, num_places)
-        replicated = jnp.full(num_places, num_slots, jnp.int32).at[place].set(order, mode="drop")
-        leveling = leveling_operator(replicated, experts, num_slots // num_ranks)
-        slots = slots.astype(jnp.int32)
-        return PlacementTables(experts, order, slots, count, replicated, leveling)
-
-    return jax.vmap(one_layer)(slot_to_expert.astype(jnp.int32))
-
-
-def leveling_operator(
-    replicated_slots: Int[Array, "J"], slot_to_expert: Int[Array, "S"], slots_per_rank: int
-) -> Float[Array, "J J"]:
-    """What turns the heights of ranks into tokens to shift, for the replica choice `balanced`.
-
-    Tokens of slots, each scaled by `leveling_scale`, may be shifted by any d that sums to zero
-    (unscaled) over each expert's slots. Of these, -M (h + v) lowers |heights|^2 + |v + d|^2 most,
-    where h are the slots' rank heights, divided by the scale, and v is any wish. M is symmetric,
-    and zero for what is no slot.
-    """
-    num_slots = slot_to_expert.size
-    used = replicated_slots < num_slots
-    alone = -1 - jnp.arange(replicated_slots.size, dtype=jnp.int32)  # no two of these are equal
-    expert = jnp.where(used, slot_to_expert.at[replicated_slots].get(mode="clip"), alone)
-    rank = jnp.where(used, replicated_slots // slots_per_rank, alone)
-    same_rank = (rank[:, None] == rank[None]).astype(jnp.float32)
-    same_expert = (expert[:, None] == expert[None]).astype(jnp.float32)
-    scale = leveling_scale(same_rank.sum(axis=0))
-    # With Q, which takes out what would change an expert's sum, P = I - Q and the Hessian H:
-    # M = Q (Q H Q)^-1 Q on the range of Q = (Q H Q + P)^-1 - P.
-    weight = 1 / scale
-    outer = weight[:, None] * weight[None]
-    squares = (same_expert * (weight * weight)[None]).sum(axis=1, keepdims=True)
-    remove = same_expert * outer / squares
-    identity = jnp.eye(replicated_slots.size, dtype=jnp.float32)
-    keep = identity - remove
-    hessian = identity + used.astype(jnp.float32)[None] * same_rank * outer
-    product = functools.partial(jnp.matmul, precision="highest")
-    return jnp.linalg.inv(product(product(keep, hessian), keep) + remove) - remove
-
-
-def leveling_scale(crowd: Float[Array, "J"]) -> Float[Array, "J"]:
-    """From how many replicated slots stand on the slot's rank: found by trials on recordings.
-
-    >>> leveling_scale(jnp.array([4.0])).tolist()
-    [1.0]
-    """
-    return jnp.sqrt(0.5 * jnp.sqrt(crowd))
+from jax_eplb.tables import PlacementTables, derive_tables, max_replicas
 
 
 @jax.tree_util.register_dataclass
@@ -165,13 +50,17 @@ class Placement:
     def max_replicas(self) -> int:
         return max_replicas(self.num_experts, self.num_slots, self.num_ranks)
 
-    def tables(self) -> PlacementTables:
-        """All that is derived from `slot_to_expert`, for all layers."""
+    def tables(self, *, with_leveling: bool = False) -> PlacementTables:
+        """All that is derived from `slot_to_expert`, for all layers.
+
+        `with_leveling` for the replica choice `balanced`: a matrix of J × J float32 a layer.
+        """
         return derive_tables(
             self.slot_to_expert,
             num_experts=self.num_experts,
             num_ranks=self.num_ranks,
             max_replicas=self.max_replicas,
+            with_leveling=with_leveling,
         )
 
     @classmethod

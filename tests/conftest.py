@@ -1,4 +1,16 @@
-"""The test run owns its devices: eight on the CPU, set before JAX starts."""
+"""The test run owns its devices: eight on the CPU, set before JAX starts.
+
+Compiled programs are kept in `.pytest_cache`, for the other worker, for the processes that tests
+start, and for the next run: compiling is most of the time that the tests take.
+"""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import hypothesis
 import jax

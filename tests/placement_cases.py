@@ -6,7 +6,7 @@ Axes: L layers, E experts, S slots, P ranks.
 import numpy as np
 from hypothesis import strategies as st
 
-from jax_eplb.placement import max_replicas
+from jax_eplb.tables import max_replicas
 
 
 def random_table(

@@ -110,7 +110,7 @@ def test_a_large_batch_is_divided_exactly():
     assert rank_loads(found, batch).max() <= least_largest_load(batch) * (1 + 1e-5)
 
 
-@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[0] < shape[1]])
+@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[4]])  # without nodes, and with them
 def test_the_kernel_and_plain_jax_agree_to_the_token(shape):
     for seed in range(4):
         batch = draw_batch(shape, seed)

@@ -8,15 +8,16 @@ import pytest
 import jax_eplb
 
 ROOT = Path(jax_eplb.__file__).parent
-FOUNDATION = {"placement", "load", "split", "metrics", "mesh"}
-LAYER = {"placement", "load", "mesh", "kernels", "routing", "moe", "checkpoint"}
+FOUNDATION = {"tables", "placement", "load", "split", "metrics", "mesh"}
+LAYER = {"tables", "placement", "load", "mesh", "kernels", "routing", "moe", "checkpoint"}
 # A part of the package, and all the parts that it may import; itself goes without saying.
 MAY_IMPORT = {
-    "placement": set(),
+    "tables": set(),
+    "placement": {"tables"},
     "mesh": set(),
-    "load": {"placement"},
-    "split": {"placement", "load"},
-    "metrics": {"placement", "load", "split"},
+    "load": {"tables", "placement"},
+    "split": {"tables", "placement", "load"},
+    "metrics": {"tables", "placement", "load", "split"},
     "kernels": set(),
     "planner": FOUNDATION - {"mesh"},
     "routing": FOUNDATION - {"mesh"} | {"kernels"},

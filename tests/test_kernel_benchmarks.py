@@ -15,6 +15,7 @@ def _quick(monkeypatch):
     for module in (grouped_matmul, layer):
         monkeypatch.setattr(module, "measure_ceilings", lambda dtype: Ceilings(1.0, 1.0))
         monkeypatch.setattr(module, "burst_ms", lambda *call: burst_ms(*call, bursts=1))
+    monkeypatch.setattr(layer, "device_ms", lambda *call: burst_ms(*call, bursts=1))
     monkeypatch.setattr(layer, "CPU_LAYERS", (layer.Layer("tiny", 16, 8, 4, 4, 2),))
 
 
@@ -47,9 +48,15 @@ def test_the_layer_is_compared_with_ragged_dot_and_timed_by_stage(capsys):
     assert row["floor_ms"] == pytest.approx(1e3 * max(4 * values / 1e10, 2 * 32 * 96 / 1e11))
 
 
-def test_the_layer_prints_a_table_of_those_asked_for(capsys):
+def test_the_layer_prints_a_table_of_those_asked_for(capsys, monkeypatch):
+    figures = dict.fromkeys(("ms", "floor_ms", "of_floor", "counting", "peer_ms", "experts"), 1.0)
+    monkeypatch.setattr(
+        layer, "measure", lambda layers, *_: [{"layer": x.name} | figures for x in layers]
+    )
     layer.main([*GIVEN, "--layer", "tiny"])
     assert "tiny" in capsys.readouterr().out
+    layer.main([*GIVEN, "--layer", "none"])
+    assert "tiny" not in capsys.readouterr().out
 
 
 def test_a_call_that_does_not_compile_leaves_its_reason():

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 
 from jax_eplb import MoE, MoEConfig, Placement, expert_mesh
 from jax_eplb.moe.layer import LoadCount, SlotTable
-from jax_eplb.placement import PlacementTables
 from jax_eplb.routing import RouterConfig, load_balancing_loss
+from jax_eplb.tables import PlacementTables
 from tests.moe_reference import moe_by_numpy
 from tests.placement_cases import random_table, seeds
 

@@ -8,7 +8,8 @@ import yaml
 from hypothesis import given, settings
 
 from jax_eplb.formats.tensorrt_llm import load_placement, placement_to_dict, save_placement
-from jax_eplb.placement import Placement, max_replicas
+from jax_eplb.placement import Placement
+from jax_eplb.tables import max_replicas
 
 
 def check_yaml(path, *, num_ranks, num_experts, layer_ids):

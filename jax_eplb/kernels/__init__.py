@@ -10,3 +10,5 @@ from jax_eplb.kernels.grouped_matmul import check_implementation as check_implem
 from jax_eplb.kernels.grouped_matmul import grouped_matmul as grouped_matmul
 from jax_eplb.kernels.row_blocks import by_row_blocks as by_row_blocks
 from jax_eplb.kernels.take_rows import take_rows as take_rows
+from jax_eplb.kernels.top_k_sort import TopKSorted as TopKSorted
+from jax_eplb.kernels.top_k_sort import top_k_sort as top_k_sort

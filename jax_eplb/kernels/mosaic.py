@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from jax_eplb.kernels.activation import activation_named
-from jax_eplb.kernels.mosaic_gradient import mosaic_weight_gradient
-from jax_eplb.kernels.mosaic_kernel import STEP, Tiles, mosaic_product
+from jax_eplb.kernels.tile_table import STEP, Tiles
 
-# Below this many rows a group, its weights cost more than its products, and tiles of 64 rows leave
-# more of the shared memory's bandwidth to them. Measured with benchmarks/grouped_matmul.py.
-_FEW_ROWS = 256
+# Tiles of 64 rows leave more of the shared memory's bandwidth to the weights, which is what counts
+# where a group has fewer rows than a tile of 128; and where those were too few to go round.
+# Measured on an H100.
+_TALL, _SHORT = Tiles(block_m=128), Tiles(block_m=64)
 
 
 def mosaic(rows, weights, group_sizes, activation: str | None = None):
@@ -33,8 +33,8 @@ def unsupported(rows, weights, activation: str | None = None) -> str | None:
     >>> unsupported(jnp.zeros((8, 64), jnp.bfloat16), jnp.zeros((2, 64, 100), jnp.bfloat16))
     'both widths of the weights to be multiples of 64, not 64 and 100'
     """
-    if rows.dtype != weights.dtype or rows.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"rows and weights in bfloat16 or float16, not {rows.dtype} and {weights.dtype}"
+    if rows.dtype != jnp.bfloat16 or weights.dtype != jnp.bfloat16:
+        return f"rows and weights in bfloat16, not {rows.dtype} and {weights.dtype}"
     if not rows.size or not weights.size:
         return f"at least one row and one group, not {rows.shape} and {weights.shape}"
     gated = activation is not None and activation_named(activation).gated
@@ -45,13 +45,29 @@ def unsupported(rows, weights, activation: str | None = None) -> str | None:
     return None
 
 
-def _tiles(rows, weights) -> Tiles:
-    return Tiles(block_m=64 if rows.shape[0] < _FEW_ROWS * len(weights) // 2 else 128)
+def _multiply(rows, weights, group_sizes, activation: str | None = None, **options):
+    # Imported where needed: JAX for Windows comes without it.
+    from jax_eplb.kernels.mosaic_kernel import mosaic_product
+
+    num_blocks = _multiprocessors()
+    num_rows, groups, width = len(rows), *weights.shape[::2]
+    tall = (num_rows // _TALL.block_m + groups) * (width // _TALL.block_n)
+    few = num_rows < _TALL.block_m * groups or tall < 2 * num_blocks
+    if activation is not None:
+        named = activation_named(activation)
+        options |= {"activation": named.function, "gated": named.gated}
+    tiles = _SHORT if few else _TALL
+    return mosaic_product(rows, weights, group_sizes, tiles, num_blocks=num_blocks, **options)
+
+
+def _multiprocessors() -> int:
+    """Of the GPU, and of an H100 where the program is only lowered."""
+    return getattr(jax.devices()[0], "core_count", None) or 132
 
 
 @jax.custom_vjp
 def _product(rows, weights, group_sizes):
-    return mosaic_product(rows, weights, group_sizes, _tiles(rows, weights))
+    return _multiply(rows, weights, group_sizes)
 
 
 def _product_forward(rows, weights, group_sizes):
@@ -59,10 +75,12 @@ def _product_forward(rows, weights, group_sizes):
 
 
 def _product_backward(residuals, grad):
+    from jax_eplb.kernels.mosaic_gradient import mosaic_weight_gradient
+
     rows, weights, group_sizes = residuals
-    tiles = _tiles(rows, weights)
-    grad_rows = mosaic_product(grad, weights, group_sizes, tiles, transpose_weights=True)
-    return grad_rows, mosaic_weight_gradient(rows, grad, group_sizes), None
+    grad_rows = _multiply(grad, weights, group_sizes, transpose_weights=True)
+    grad_weights = mosaic_weight_gradient(rows, grad, group_sizes, num_blocks=_multiprocessors())
+    return grad_rows, grad_weights, None
 
 
 _product.defvjp(_product_forward, _product_backward)
@@ -70,15 +88,7 @@ _product.defvjp(_product_forward, _product_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _activated(rows, weights, group_sizes, activation):
-    named = activation_named(activation)
-    return mosaic_product(
-        rows,
-        weights,
-        group_sizes,
-        _tiles(rows, weights),
-        activation=named.function,
-        gated=named.gated,
-    )
+    return _multiply(rows, weights, group_sizes, activation)
 
 
 def _activated_forward(rows, weights, group_sizes, activation):

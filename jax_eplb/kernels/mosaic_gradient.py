@@ -17,8 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from jax_eplb.kernels.groups import group_starts
-from jax_eplb.kernels.mosaic_kernel import STEP, SWIZZLE, WARPGROUPS, aligned
-from jax_eplb.kernels.tile_table import ALIGN
+from jax_eplb.kernels.mosaic_kernel import SWIZZLE, WARPGROUPS, aligned
+from jax_eplb.kernels.tile_table import ALIGN, STEP
 from jax_eplb.kernels.varying import varying_like
 
 _BLOCK_D, _PART_N, _STAGES = 128, 128, 4

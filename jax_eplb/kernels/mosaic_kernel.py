@@ -10,7 +10,6 @@ already. Tiles begin where their group begins, so that none holds rows of two gr
 read rows of the next group, the product computes them, and the write leaves them out.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -22,22 +21,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from jax_eplb.kernels.tile_table import ALIGN, tile_table
+from jax_eplb.kernels.tile_table import ALIGN, STEP, Tiles, tile_table
 from jax_eplb.kernels.varying import varying_like
 
-STEP = 64  # columns and rows of weights that one stage covers are multiples of this
 WARPGROUPS = 2  # that compute
 SWIZZLE = (plgpu.TilingTransform((ALIGN, STEP)), plgpu.SwizzleTransform(128))
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """How a product is cut; the stages must fit the 227 KiB of shared memory."""
-
-    block_m: int = 128  # rows of a tile
-    block_n: int = 256  # columns of weights in a tile; half gate, half up where they are joined
-    steps: int = 4  # stages of shared memory
-    window: int = 8  # tiles of rows that are multiplied with the same columns together
 
 
 def mosaic_product(

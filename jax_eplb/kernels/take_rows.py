@@ -16,7 +16,7 @@ _ROWS, _COLUMNS = 8, 512  # that one program copies
 
 @jax.custom_vjp
 def take_rows(rows: Num[Array, "T D"], index: Int[Array, "M"]) -> Num[Array, "M D"]:
-    """`rows[index]`, index within bounds; on NVIDIA GPUs at the full speed of memory.
+    """`rows[index]`, index within bounds; by a kernel of our own on NVIDIA GPUs.
 
     >>> take_rows(jnp.array([[1, 2], [3, 4]]), jnp.array([1, 1, 0])).tolist()
     [[3, 4], [3, 4], [1, 2]]
@@ -43,7 +43,7 @@ take_rows.defvjp(_forward, _backward)
 
 
 def take_rows_by_kernel(rows, index, *, interpret: bool = False):
-    """One program for 8 rows and 512 columns: XLA's gather reaches half of this speed."""
+    """One program for 8 rows and 512 columns; 1.5 to 1.8 times as fast as XLA on an H100."""
     rows, index = varying_like(rows, index), varying_like(index, rows)
     num_rows, width = len(index), rows.shape[1]
 

@@ -15,7 +15,7 @@ from jax_eplb.kernels import by_row_blocks
 from jax_eplb.models.config import DecoderConfig
 from jax_eplb.moe import MoEConfig, MoEParams, moe_forward
 from jax_eplb.moe.feed_forward import SharedWeights, shared_feed_forward
-from jax_eplb.placement import PlacementTables
+from jax_eplb.tables import PlacementTables
 
 
 class AttentionParams(NamedTuple):

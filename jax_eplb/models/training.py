@@ -19,8 +19,9 @@ from jax_eplb.models import parameters
 from jax_eplb.models.config import DecoderConfig
 from jax_eplb.models.decoder import Batch, DecoderParams, decode, logits_of
 from jax_eplb.moe import MoEConfig
-from jax_eplb.placement import Placement, PlacementTables
+from jax_eplb.placement import Placement
 from jax_eplb.routing import balance, masked_mean, normalized_scores
+from jax_eplb.tables import PlacementTables
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,6 +67,11 @@ class MoEConfig:
         return self.num_slots // self.num_ranks
 
     @property
+    def needs_leveling(self) -> bool:
+        """Whether `Placement.tables` must derive what divides a batch by its counts."""
+        return self.replica_choice == "balanced"
+
+    @property
     def gate_up_dim(self) -> int:
         """U: the columns of one expert's first product."""
         return self.hidden_dim * (2 if activation_named(self.activation).gated else 1)

@@ -116,15 +116,13 @@ def _in_waves(sizes: ExchangeSizes, ranks: Ranks, order: SlotOrder, run, finish,
     `run(transport, wave)` gives rows of the send buffer, and values to add up over waves;
     `finish(rows, place)` is given a table of rows, and each choice's row in it.
     """
-    if sizes.implementation == "all_gather":
+    gathers = sizes.implementation == "all_gather"
+    received = None if gathers else exchange_counts(order, ranks)
 
-        def transport_of(capacity):
+    def transport_of(capacity):
+        if received is None:
             return Gathered(order, ranks, capacity)
-    else:
-        received = exchange_counts(order, ranks)
-
-        def transport_of(capacity):
-            return Waves(order, received, ranks, capacity, sizes.implementation == "ragged")
+        return Waves(order, received, ranks, capacity, sizes.implementation == "ragged")
 
     def once(capacity):
         transport = transport_of(capacity)

@@ -21,14 +21,9 @@ from jax_eplb.moe.feed_forward import (
     expert_feed_forward,
     shared_feed_forward,
 )
-from jax_eplb.placement import PlacementTables
-from jax_eplb.routing import (
-    POLICIES,
-    group_by_expert,
-    order_by_slot,
-    order_without_replicas,
-    route,
-)
+from jax_eplb.routing import POLICIES, Grouping, order_by_slot, order_without_replicas
+from jax_eplb.routing.router import route_and_sort
+from jax_eplb.tables import PlacementTables
 
 
 class MoEParams(NamedTuple):
@@ -73,22 +68,27 @@ def moe_forward(
     """
 
     # The router decides by small differences: float32, whatever the activations are.
-    def route_rows(rows):
+    def logits_of(rows):
         logits = rows.astype(jnp.float32) @ params.router
-        if params.router_bias is not None:
-            logits = logits + params.router_bias[None]
-        bias = params.selection_bias
-        return logits, route(logits, config.experts_per_token, config.router, bias)
+        return logits if params.router_bias is None else logits + params.router_bias[None]
 
-    logits, routes = by_row_blocks(route_rows, tokens)
+    logits = by_row_blocks(logits_of, tokens)
     ranks = config.ranks(axis_name)
+    one_slot_each = config.num_slots == config.num_experts
+    routes, found = route_and_sort(
+        logits,
+        mask,
+        config.experts_per_token,
+        config.router,
+        params.selection_bias,
+        tables.expert_to_slots[:, 0] if one_slot_each else None,
+    )
     # The counts are a part of the sort that the experts need: counting the load costs nothing.
-    if config.num_slots == config.num_experts:
-        order = order_without_replicas(routes.experts, mask, tables)
-        expert_tokens = order.slot_tokens[tables.expert_to_slots[:, 0]]
+    expert_tokens = found.expert_tokens
+    if one_slot_each:
+        order = order_without_replicas(found)
     else:
-        grouping = group_by_expert(routes.experts, mask, config.num_experts)
-        expert_tokens = grouping.expert_tokens
+        grouping = Grouping(found.choice, found.place, expert_tokens)
         slot_tokens = POLICIES[config.replica_choice](expert_tokens, tables, ranks)
         order = order_by_slot(grouping, slot_tokens, tables)
 

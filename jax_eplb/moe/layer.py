@@ -21,8 +21,9 @@ from jax_eplb.moe.feed_forward import ExpertWeights, SharedWeights
 from jax_eplb.moe.forward import MoEOutput, MoEParams, moe_forward
 from jax_eplb.moe.replica_gradients import tie_replicas
 from jax_eplb.moe.sharding import MeshAxes, param_specs
-from jax_eplb.placement import Placement, PlacementTables
+from jax_eplb.placement import Placement
 from jax_eplb.routing import update_selection_bias
+from jax_eplb.tables import PlacementTables
 
 
 class SlotTable(nnx.Variable):
@@ -54,6 +55,8 @@ class MoE(nnx.Module):
     ((2, 3, 8), 12)
     """
 
+    slot_to_expert: SlotTable  # and the other tables of `PlacementTables`, by their names
+
     def __init__(
         self,
         config: MoEConfig,
@@ -82,7 +85,7 @@ class MoE(nnx.Module):
         embed, hidden, shared = config.embed_dim, config.hidden_dim, config.shared_hidden_dim
         parts = config.gate_up_dim // hidden  # gate and up, or up alone
         slots, everywhere = self.slot_to_expert[...], P()
-        specs = param_specs(config, self.axes)
+        specs: Any = param_specs(config, self.axes)
         experts, one = specs.experts, specs.shared
 
         def bank(shape, spec):
@@ -253,7 +256,8 @@ class MoE(nnx.Module):
 
     def _tables_of(self, placement: Placement) -> PlacementTables:
         """The tables of the only layer, on every device."""
-        tables = PlacementTables(*(table[0] for table in placement.tables()))
+        derived = placement.tables(with_leveling=self.config.needs_leveling)
+        tables = PlacementTables(*(table[0] for table in derived))
         return jax.device_put(tables, NamedSharding(self.mesh, P()))
 
 

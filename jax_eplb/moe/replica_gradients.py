@@ -10,8 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jax_eplb.placement import PlacementTables
 from jax_eplb.routing import Ranks
+from jax_eplb.tables import PlacementTables
 
 
 def tie_replicas(weights, tables: PlacementTables, ranks: Ranks):

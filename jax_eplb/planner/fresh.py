@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jax_eplb.placement import max_replicas
 from jax_eplb.planner.balanced import refine_balanced
 from jax_eplb.planner.changes import Limits
 from jax_eplb.planner.choose import lowest_of
@@ -29,6 +28,7 @@ from jax_eplb.planner.replicate import replicate
 from jax_eplb.planner.scenarios import draw_scenarios, enough_scenarios, power_mean
 from jax_eplb.planner.score import even_heights
 from jax_eplb.planner.windows import refine_windows
+from jax_eplb.tables import max_replicas
 
 # See `replicate`.
 _WINDOWS_OFFSET = -0.3

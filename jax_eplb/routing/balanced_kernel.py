@@ -15,9 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int
 
-from jax_eplb.placement import PlacementTables
 from jax_eplb.routing.leveling import NodeSupply, Supply, describe, own_share, whole_quota
 from jax_eplb.routing.ranks import Ranks
+from jax_eplb.tables import PlacementTables
 
 # The J × J matrix must fit the registers of a block.
 MAX_REPLICATED_SLOTS = 128

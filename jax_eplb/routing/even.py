@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jax_eplb.placement import PlacementTables
 from jax_eplb.routing.ranks import Ranks
+from jax_eplb.tables import PlacementTables
 
 
 def even(expert_tokens: Int[Array, "E"], tables: PlacementTables, ranks: Ranks) -> Int[Array, "S"]:

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jax_eplb.kernels import counting_sort
-from jax_eplb.placement import PlacementTables
+from jax_eplb.kernels import TopKSorted, counting_sort
+from jax_eplb.tables import PlacementTables
 
 
 class Grouping(NamedTuple):
-    """The choices sorted by expert, padding last."""
+    """The choices sorted by expert, padding last, in any order or as T·K."""
 
     choice: Int[Array, "TK"]  # the choice at each place of the order
     place: Int[Array, "T K"]  # each choice's place in the order
@@ -45,17 +45,12 @@ def group_by_expert(
     return Grouping(found.order, found.place.reshape(experts.shape), found.counts)
 
 
-def order_without_replicas(
-    experts: Int[Array, "T K"], mask: Bool[Array, "T"], tables: PlacementTables
-) -> SlotOrder:
-    """The order by slot where every expert has one, so that nothing is to be chosen."""
-    num_slots = len(tables.slot_to_expert)
-    grouping = group_by_expert(tables.expert_to_slots[experts, 0], mask, num_slots)
-    num_choices = grouping.choice.size
-    row = jnp.arange(num_choices, dtype=jnp.int32)
-    choice = jnp.where(row < grouping.expert_tokens.sum(), grouping.choice, num_choices)
-    place = jnp.where(mask[:, None], grouping.place, num_choices)
-    return SlotOrder(choice, place, grouping.expert_tokens)
+def order_without_replicas(found: TopKSorted) -> SlotOrder:
+    """The order by slot where every expert has one, so that nothing is to be chosen.
+
+    The slot of each expert is the `rank_of_expert` by which the choices were sorted.
+    """
+    return SlotOrder(found.choice, found.place, found.run_sizes)
 
 
 def order_by_slot(

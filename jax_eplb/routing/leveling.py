@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_eplb.placement import leveling_scale
+from jax_eplb.tables import leveling_scale
 
 # On recordings, 16 steps leave 0.001 of the mean on average, 24 steps 0.0004; rounding levels the
 # rest, in so many rounds.
 NUM_STEPS = 24
-NUM_ROUNDS = 8
+NUM_ROUNDS = 6
 _RELAXATION = 1.6
 _FAR = 2**31 - 1  # above any height
 

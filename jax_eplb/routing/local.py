@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jax_eplb.placement import PlacementTables
 from jax_eplb.routing.even import deal
 from jax_eplb.routing.ranks import Ranks
+from jax_eplb.tables import PlacementTables
 
 
 def local(expert_tokens: Int[Array, "E"], tables: PlacementTables, ranks: Ranks) -> Int[Array, "S"]:

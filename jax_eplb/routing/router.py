@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+from jax_eplb.kernels import TopKSorted, by_row_blocks, top_k_sort
 
 SCORES = ("softmax", "softmax_of_top_k", "sigmoid")
 GROUP_SCORES = ("max", "top_2_sum")
@@ -69,6 +71,11 @@ class RouterConfig:
                 f"scaling_factor is {self.scaling_factor}; use a positive number, 1.0 for none"
             )
 
+    @property
+    def logits_choose(self) -> bool:
+        """Whether the experts of the highest logits are chosen, and nothing else counts."""
+        return self.num_groups == 1 and not self.selection_bias
+
     def check_sizes(self, num_experts: int, experts_per_token: int) -> None:
         """Raise a ValueError where K of E experts cannot be chosen this way."""
         if not 1 <= experts_per_token <= num_experts:
@@ -126,6 +133,38 @@ def route(
     return Routes(experts, weigh(logits, experts, config))
 
 
+def route_and_sort(
+    logits: Float[Array, "T E"],
+    mask: Bool[Array, "T"],
+    experts_per_token: int,
+    config: RouterConfig,
+    selection_bias: Float[Array, "E"] | None = None,
+    rank_of_expert: Int[Array, "E"] | None = None,
+) -> tuple[Routes, TopKSorted]:
+    """`route` of a batch, and the order of its choices by expert, as `top_k_sort` tells it.
+
+    Together they are one or two launches on an NVIDIA GPU. Not row by row: what is, is under
+    `by_row_blocks` here.
+
+    >>> logits, mask = jnp.array([[0.0, 2.0, 2.0, -9.0]] * 2), jnp.array([True, False])
+    >>> routes, found = route_and_sort(logits, mask, 2, RouterConfig())
+    >>> routes.weights.tolist(), found.choice.tolist(), found.expert_tokens.tolist()
+    ([[0.5, 0.5], [0.5, 0.5]], [0, 1, 4, 4], [0, 1, 1, 0])
+    """
+    config.check_sizes(logits.shape[-1], experts_per_token)
+    check_selection_bias(selection_bias, logits.shape[-1], config)
+    logits = merits = logits.astype(jnp.float32)
+    if not config.logits_choose:
+        merits = by_row_blocks(lambda rows: merits_of(rows, config, selection_bias), logits)
+    found = top_k_sort(merits, mask, experts_per_token, rank_of_expert)
+
+    def weigh_rows(logits, experts, values):
+        return weigh(logits, experts, config, values if config.logits_choose else None)
+
+    weights = by_row_blocks(weigh_rows, logits, found.experts, found.values)
+    return Routes(found.experts, weights), found
+
+
 def check_selection_bias(
     selection_bias: Float[Array, "E"] | None, num_experts: int, config: RouterConfig
 ) -> None:
@@ -154,6 +193,17 @@ def choose(
     >>> choose(jnp.array([[1.0, 3.0, 3.0, 2.0]]), 3, RouterConfig()).tolist()
     [[1, 2, 3]]
     """
+    return jax.lax.top_k(merits_of(logits, config, selection_bias), experts_per_token)[1]
+
+
+def merits_of(
+    logits: Float[Array, "T E"], config: RouterConfig, selection_bias: Float[Array, "E"] | None
+) -> Float[Array, "T E"]:
+    """What chooses: the experts of the greatest merit. It has no gradient.
+
+    >>> merits_of(jnp.zeros((1, 2)), RouterConfig("sigmoid", selection_bias=True), jnp.ones(2))
+    Array([[1.5, 1.5]], dtype=float32)
+    """
     merit = jax.lax.stop_gradient(logits)
     grouped = config.num_groups > 1
     # Scores rise with logits, and round to ties that logits do not have. So the logits choose,
@@ -162,9 +212,7 @@ def choose(
         merit = scores_of(merit, config)
     if selection_bias is not None:
         merit = merit + jax.lax.stop_gradient(selection_bias)[None].astype(jnp.float32)
-    if grouped:
-        merit = within_best_groups(merit, config)
-    return jax.lax.top_k(merit, experts_per_token)[1]
+    return within_best_groups(merit, config) if grouped else merit
 
 
 def scores_of(logits: Float[Array, "T E"], config: RouterConfig) -> Float[Array, "T E"]:
@@ -201,14 +249,18 @@ def within_best_groups(merit: Float[Array, "T E"], config: RouterConfig) -> Floa
 
 
 def weigh(
-    logits: Float[Array, "T E"], experts: Int[Array, "T K"], config: RouterConfig
+    logits: Float[Array, "T E"],
+    experts: Int[Array, "T K"],
+    config: RouterConfig,
+    chosen: Float[Array, "T K"] | None = None,
 ) -> Float[Array, "T K"]:
-    """How much each chosen expert counts.
+    """How much each chosen expert counts; `chosen` are its logits, if they are known.
 
     >>> weigh(jnp.zeros((1, 4)), jnp.array([[3, 1]]), RouterConfig(renormalize=False)).tolist()
     [[0.25, 0.25]]
     """
-    chosen = jnp.take_along_axis(logits, experts, axis=-1)
+    if chosen is None:
+        chosen = jnp.take_along_axis(logits, experts, axis=-1)
     if config.renormalize:
         # The softmax of logarithms is their scores divided by their sum. Unlike the quotient it
         # is right, and has a gradient, where all scores are too small for float32.

@@ -110,7 +110,8 @@ class Engine:
             self._saved.params, table, self.config, self.mesh, AXIS, self._dtype
         )
         everywhere = NamedSharding(self.mesh, P())
-        tables = jax.device_put(placement.tables(), everywhere)
+        tables = placement.tables(with_leveling=self.moe.needs_leveling)
+        tables = jax.device_put(tables, everywhere)
         self.placement, self._params, self._tables = placement, params, tables
 
     def recorder(self, start: int = 0, stop: int | None = None) -> Recorder:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Int
 from jax_eplb.models import Cache, DecoderConfig, DecoderParams, decode, parameters
 from jax_eplb.models.decoder import Batch, logits_of
 from jax_eplb.moe import MoEConfig
-from jax_eplb.placement import PlacementTables
+from jax_eplb.tables import PlacementTables
 
 AXIS = "expert"
 

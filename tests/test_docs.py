@@ -1,0 +1,30 @@
+"""The examples of docs/ do what they say, and its links lead somewhere."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+
+
+@pytest.mark.slow
+def test_the_layers_example_prints_what_it_says(tmp_path):
+    (code,) = re.findall(r"^```python\n(.*?)^```$", (DOCS / "layer.md").read_text(), re.M | re.S)
+    script = tmp_path / "example.py"
+    script.write_text(code)
+    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, check=False, env=environment
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == re.findall(r"^print.*# (.*)$", code, re.M)[0]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_relative_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        assert link.startswith("http") or (page.parent / link).exists(), link

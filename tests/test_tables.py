@@ -1,0 +1,49 @@
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given
+
+from jax_eplb import Placement
+from jax_eplb.tables import derive_tables, max_replicas, max_replicated_slots
+from tests.placement_cases import random_table, seeds, sizes
+
+
+@given(sizes, seeds)
+def test_the_tables_are_what_numpy_derives(drawn, seed):
+    (experts, slots, ranks), layers = drawn, 3
+    table = random_table(np.random.default_rng(seed), layers, experts, slots, ranks)
+    placement = Placement.from_slots(table, num_experts=experts, num_ranks=ranks)
+    expected = np.full((layers, experts, placement.max_replicas), slots)
+    for layer, row in enumerate(table):
+        for expert in range(experts):
+            held = np.flatnonzero(row == expert)
+            expected[layer, expert, : len(held)] = held
+    tables = placement.tables()
+    assert {table.dtype for table in tables[:-1]} == {jnp.dtype("int32")}
+    by_expert = np.argsort(table, axis=1, kind="stable")
+    np.testing.assert_array_equal(tables.slot_to_expert, table)
+    np.testing.assert_array_equal(tables.slots_by_expert, by_expert)
+    bound = max_replicated_slots(experts, slots)
+    assert tables.leveling.shape == (layers, 0, 0)
+    assert placement.tables(with_leveling=True).leveling.shape == (layers, bound, bound)
+    for row, order, found in zip(table, by_expert, tables.replicated_slots, strict=True):
+        several = order[np.bincount(row)[row[order]] > 1]
+        expected_row = np.full(bound, slots)
+        expected_row[: len(several)] = several
+        np.testing.assert_array_equal(found, expected_row)
+    np.testing.assert_array_equal(tables.expert_to_slots, expected)
+    np.testing.assert_array_equal(tables.replica_count, (expected < slots).sum(axis=2))
+
+
+def test_tables_of_two_placements_of_one_shape_compile_once():
+    before = None
+    for seed in range(2):
+        table = random_table(np.random.default_rng(seed), 3, 11, 20, 5)
+        Placement.from_slots(table, num_experts=11, num_ranks=5).tables()
+        before = before or derive_tables._cache_size()
+    assert derive_tables._cache_size() == before
+
+
+def test_the_bound_on_replicas_allows_one_per_rank_and_leaves_a_slot_to_every_expert():
+    assert max_replicas(num_experts=8, num_slots=32, num_ranks=4) == 4
+    assert max_replicas(num_experts=8, num_slots=9, num_ranks=3) == 2
+    assert max_replicas(num_experts=1, num_slots=6, num_ranks=2) == 6
