@@ -32,6 +32,8 @@ def main(process: int, processes: int, port: int, folder: Path) -> None:
         num_slots=12,
         num_ranks=RANKS,
         moe_max_num_tokens=16,
+        replica_choice="balanced",
+        ranks_per_node=2,
     )
     mesh = expert_mesh(RANKS)
     placement = Placement.from_slots(

@@ -21,8 +21,7 @@ from jax_eplb.moe.feed_forward import (
     expert_feed_forward,
     shared_feed_forward,
 )
-from jax_eplb.routing import POLICIES, Grouping, order_by_slot, order_without_replicas
-from jax_eplb.routing.router import route_and_sort
+from jax_eplb.routing import POLICIES, order_by_slot, order_without_replicas, route_and_sort
 from jax_eplb.tables import PlacementTables
 
 
@@ -67,9 +66,10 @@ def moe_forward(
     tokens; the shared expert's, too.
     """
 
-    # The router decides by small differences: float32, whatever the activations are.
+    # The router decides by small differences: float32, whatever the activations are, and not the
+    # TF32 that a GPU would make of it.
     def logits_of(rows):
-        logits = rows.astype(jnp.float32) @ params.router
+        logits = jnp.matmul(rows.astype(jnp.float32), params.router, precision="highest")
         return logits if params.router_bias is None else logits + params.router_bias[None]
 
     logits = by_row_blocks(logits_of, tokens)
@@ -88,9 +88,8 @@ def moe_forward(
     if one_slot_each:
         order = order_without_replicas(found)
     else:
-        grouping = Grouping(found.choice, found.place, expert_tokens)
         slot_tokens = POLICIES[config.replica_choice](expert_tokens, tables, ranks)
-        order = order_by_slot(grouping, slot_tokens, tables)
+        order = order_by_slot(found, slot_tokens, tables)
 
     experts = _flat(params.experts)
     if tensor_axis is not None and experts.down_bias is not None:

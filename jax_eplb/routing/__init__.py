@@ -2,12 +2,6 @@
 
 from jax_eplb.routing.balanced import balanced as balanced
 from jax_eplb.routing.even import even as even
-from jax_eplb.routing.grouping import Grouping as Grouping
-from jax_eplb.routing.grouping import SlotOrder as SlotOrder
-from jax_eplb.routing.grouping import group_by_expert as group_by_expert
-from jax_eplb.routing.grouping import order_by_slot as order_by_slot
-from jax_eplb.routing.grouping import order_without_replicas as order_without_replicas
-from jax_eplb.routing.grouping import segment_of as segment_of
 from jax_eplb.routing.local import local as local
 from jax_eplb.routing.losses import balance as balance
 from jax_eplb.routing.losses import load_balancing_loss as load_balancing_loss
@@ -21,6 +15,11 @@ from jax_eplb.routing.ranks import Ranks as Ranks
 from jax_eplb.routing.router import RouterConfig as RouterConfig
 from jax_eplb.routing.router import Routes as Routes
 from jax_eplb.routing.router import route as route
+from jax_eplb.routing.router import route_and_sort as route_and_sort
+from jax_eplb.routing.slot_order import SlotOrder as SlotOrder
+from jax_eplb.routing.slot_order import order_by_slot as order_by_slot
+from jax_eplb.routing.slot_order import order_without_replicas as order_without_replicas
+from jax_eplb.routing.slot_order import segment_of as segment_of
 
 # How many of a rank's choices go to each slot.
 POLICIES = {"even": even, "local": local, "balanced": balanced}

@@ -1,4 +1,4 @@
-"""The order of a batch's choices: first by expert, then by the slots that will serve them.
+"""The order of a batch's choices by the slots that will serve them, from that by expert.
 
 Axes: T tokens of this rank, K choices per token, E experts, S slots. A choice is one (token, k)
 pair, numbered t·K + k; TK = T·K.
@@ -7,18 +7,10 @@ pair, numbered t·K + k; TK = T·K.
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
-from jax_eplb.kernels import TopKSorted, counting_sort
+from jax_eplb.kernels import TopKSorted
 from jax_eplb.tables import PlacementTables
-
-
-class Grouping(NamedTuple):
-    """The choices sorted by expert, padding last, in any order or as T·K."""
-
-    choice: Int[Array, "TK"]  # the choice at each place of the order
-    place: Int[Array, "T K"]  # each choice's place in the order
-    expert_tokens: Int[Array, "E"]  # choices of each expert; padding is not counted
 
 
 class SlotOrder(NamedTuple):
@@ -27,22 +19,6 @@ class SlotOrder(NamedTuple):
     choice: Int[Array, "TK"]  # the choice at each place of the order; T·K for padding
     place: Int[Array, "T K"]  # each choice's place in the order; T·K for padding
     slot_tokens: Int[Array, "S"]  # choices of each slot
-
-
-def group_by_expert(
-    experts: Int[Array, "T K"], mask: Bool[Array, "T"], num_experts: int
-) -> Grouping:
-    """Sort the choices by expert; a token with a False mask is padding.
-
-    The counts are those that replica choice and load counting need: they cost nothing more.
-
-    >>> grouping = group_by_expert(jnp.array([[2], [0], [2]]), jnp.array([True, True, False]), 3)
-    >>> grouping.choice.tolist(), grouping.expert_tokens.tolist()
-    ([1, 0, 2], [1, 0, 1])
-    """
-    ids = jnp.where(mask[:, None], experts, num_experts).reshape(-1)
-    found = counting_sort(ids, num_experts)
-    return Grouping(found.order, found.place.reshape(experts.shape), found.counts)
 
 
 def order_without_replicas(found: TopKSorted) -> SlotOrder:
@@ -54,16 +30,16 @@ def order_without_replicas(found: TopKSorted) -> SlotOrder:
 
 
 def order_by_slot(
-    grouping: Grouping, slot_tokens: Int[Array, "S"], tables: PlacementTables
+    found: TopKSorted, slot_tokens: Int[Array, "S"], tables: PlacementTables
 ) -> SlotOrder:
     """Cut each expert's run of choices into runs of so many for each of its slots.
 
     Each expert's `slot_tokens` add up to its `expert_tokens`. The order of slots is that of ranks,
     so that what goes to one rank is one run, sorted by slot.
     """
-    num_choices = grouping.choice.size
+    num_choices = found.choice.size
     if num_choices == 0:
-        return SlotOrder(grouping.choice, grouping.place, slot_tokens)
+        return SlotOrder(found.choice, found.place, slot_tokens)
     by_expert = slot_tokens[tables.slots_by_expert]  # [S]
     expert_start, expert_end = _starts_and_ends(by_expert)
     slot_start, slot_end = _starts_and_ends(slot_tokens)
@@ -72,13 +48,13 @@ def order_by_slot(
 
     row = jnp.arange(num_choices, dtype=jnp.int32)
     slot = segment_of(row, slot_end)
-    choice = grouping.choice[jnp.minimum(run_start[slot] + row - slot_start[slot], num_choices - 1)]
+    choice = found.choice[jnp.minimum(run_start[slot] + row - slot_start[slot], num_choices - 1)]
     total = slot_end[-1:]
     choice = jnp.where(row < total, choice, num_choices)
 
-    run = segment_of(grouping.place, expert_end)
-    place = slot_start[tables.slots_by_expert[run]] + grouping.place - expert_start[run]
-    place = jnp.where(grouping.place < total[None], place, num_choices)
+    run = segment_of(found.place, expert_end)
+    place = slot_start[tables.slots_by_expert[run]] + found.place - expert_start[run]
+    place = jnp.where(found.place < total[None], place, num_choices)
     return SlotOrder(choice, place, slot_tokens)
 
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jax_eplb import Placement
-from jax_eplb.routing import group_by_expert, order_by_slot, segment_of
+from jax_eplb.kernels import top_k_sort
+from jax_eplb.routing import order_by_slot, segment_of
 from tests.placement_cases import random_table, seeds
 
 E, S, RANKS, T, K = 5, 8, 4, 9, 2
@@ -16,17 +17,18 @@ E, S, RANKS, T, K = 5, 8, 4, 9, 2
 @functools.cache
 def ordered():
     @jax.jit
-    def run(experts, mask, slot_tokens, tables):
-        grouping = group_by_expert(experts, mask, E)
-        return grouping, order_by_slot(grouping, slot_tokens, tables)
+    def run(scores, mask, slot_tokens, tables):
+        found = top_k_sort(scores, mask, K)
+        return found.experts, order_by_slot(found, slot_tokens, tables)
 
     return run
 
 
 @given(seed=seeds, padding=st.sampled_from([0.0, 0.3, 1.0]))
-def test_the_orders_are_numpys_and_each_slot_gets_its_number_of_its_experts_choices(seed, padding):
+def test_each_slot_gets_its_number_of_its_experts_choices(seed, padding):
     generator = np.random.default_rng(seed)
-    experts = generator.integers(0, E, (T, K)).astype(np.int32)
+    scores = generator.random((T, E)).astype(np.float32)
+    experts = np.argsort(-scores, axis=1)[:, :K]
     mask = generator.random(T) >= padding
     (table,) = random_table(generator, 1, E, S, RANKS)
     tables = Placement.from_slots(table[None], num_experts=E, num_ranks=RANKS).tables()
@@ -38,13 +40,8 @@ def test_the_orders_are_numpys_and_each_slot_gets_its_number_of_its_experts_choi
         shares = np.full(len(slots), 1 / len(slots))
         slot_tokens[slots] = generator.multinomial(counts[expert], shares)
 
-    grouping, order = ordered()(experts, mask, slot_tokens, tables)
-    ids = np.where(mask[:, None], experts, E).ravel()
-    np.testing.assert_array_equal(grouping.choice, np.argsort(ids, kind="stable"))
-    np.testing.assert_array_equal(grouping.expert_tokens, counts)
-    np.testing.assert_array_equal(np.asarray(grouping.place).ravel()[grouping.choice],
-                                  np.arange(T * K))  # fmt: skip
-
+    chosen, order = ordered()(scores, mask, slot_tokens, tables)
+    np.testing.assert_array_equal(chosen, experts)
     total = int(slot_tokens.sum())
     choice, place = np.asarray(order.choice), np.asarray(order.place)
     assert sorted(choice[:total].tolist()) == np.flatnonzero(np.repeat(mask, K)).tolist()
@@ -60,8 +57,8 @@ def test_the_orders_are_numpys_and_each_slot_gets_its_number_of_its_experts_choi
 def test_no_tokens_have_an_order_too():
     tables = Placement.default(num_experts=E, num_slots=S, num_ranks=RANKS).tables()
     tables = jax.tree.map(lambda x: x[0], tables)
-    grouping = group_by_expert(jnp.zeros((0, K), jnp.int32), jnp.zeros(0, bool), E)
-    order = order_by_slot(grouping, jnp.zeros(S, jnp.int32), tables)
+    found = top_k_sort(jnp.zeros((0, E)), jnp.zeros(0, bool), K)
+    order = order_by_slot(found, jnp.zeros(S, jnp.int32), tables)
     assert (order.choice.shape, order.place.shape) == ((0,), (0, K))
 
 
