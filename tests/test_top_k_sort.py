@@ -128,6 +128,8 @@ def test_no_tokens_choose_nothing():
     assert found.expert_tokens.tolist() == [0] * 4
 
 
+# JAX 0.12 says that it will drop this backend one day; until then it is what lowers these kernels.
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
     ("shape", "launches"), [((64, 128, 8), 1), ((512, 256, 8), 2), ((300, 512, 16), 2)]
 )
