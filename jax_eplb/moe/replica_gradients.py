@@ -49,8 +49,10 @@ def _identity_backward(ranks: Ranks, tables: PlacementTables, grads):
 
         def one(grad):
             mask = member.astype(grad.dtype)
-            total = jax.lax.psum(jnp.einsum("nx,n...->x...", mask, grad), ranks.axis_name)
-            summed = jnp.einsum("nx,x...->n...", mask, total)
+            # Sums, not products: a GPU must not round them to TF32.
+            einsum = functools.partial(jnp.einsum, precision="highest")
+            total = jax.lax.psum(einsum("nx,n...->x...", mask, grad), ranks.axis_name)
+            summed = einsum("nx,x...->n...", mask, total)
             return jnp.where(is_member.reshape(-1, *(1,) * (grad.ndim - 1)), summed, grad)
 
         return jax.tree.map(one, grads)
