@@ -24,7 +24,7 @@ from jax_eplb.kernels.top_k_sort_kernels import (
     power_of_two,
     whole_kernel,
 )
-from jax_eplb.kernels.varying import varying_like
+from jax_eplb.kernels.varying import equally_varying, varying_like
 
 MAX_EXPERTS = 512  # more of them do not fit the registers of a program
 _ONE_PROGRAM = 16384  # scores of the largest tile that one program takes alone
@@ -61,7 +61,7 @@ def top_k_sort(
     """
     arrays = [lax.stop_gradient(scores).astype(jnp.float32), mask]
     arrays += [] if rank_of_expert is None else [rank_of_expert.astype(jnp.int32)]
-    arrays = [varying_like(x, *arrays) for x in arrays]
+    arrays = equally_varying(arrays)
     plain = functools.partial(by_xla, experts_per_token=experts_per_token)
     if jax.default_backend() != "gpu" or not scores.size or scores.shape[1] > MAX_EXPERTS:
         found = plain(*arrays)

@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from jax_eplb.kernels.groups import group_starts
 from jax_eplb.kernels.tile_table import tile_table
-from jax_eplb.kernels.varying import varying_like
+from jax_eplb.kernels.varying import equally_varying, varying_like
 
 _BLOCK_M, _BLOCK_N, _BLOCK_K = 64, 128, 32
 _PARAMETERS = plgpu.CompilerParams(num_warps=4, num_stages=3)
@@ -43,7 +43,7 @@ triton.defvjp(_forward, _backward)
 def _call(kernel, shape, dtype, grid, *arguments):
     """Run `kernel` over `grid`: compiled on a GPU, interpreted elsewhere."""
     # Inside `shard_map` a kernel's operands and result must vary over the same axes.
-    arguments = [varying_like(x, *arguments) for x in arguments]
+    arguments = equally_varying(arguments)
     varying = jax.typeof(arguments[0]).manual_axis_type
     out = jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying)
     run = functools.partial(pl.pallas_call, kernel, out_shape=out, grid=grid)

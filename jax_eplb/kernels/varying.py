@@ -12,6 +12,12 @@ def varying_like(x: Array, *like: Array) -> Array:
     return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
 
 
+def equally_varying(tree):
+    """The arrays of a tree, each counted as varying over the axes that some array of it does."""
+    arrays = jax.tree.leaves(tree)
+    return jax.tree.map(lambda x: varying_like(x, *arrays), tree)
+
+
 def zeros_varying_like(shape: tuple[int, ...], dtype, *like: Array) -> Array:
     """Zeros that vary over every mesh axis that some array of `like` varies over.
 

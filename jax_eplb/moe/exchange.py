@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jax_eplb.kernels.varying import zeros_varying_like
+from jax_eplb.kernels.varying import equally_varying, zeros_varying_like
 from jax_eplb.moe.gathered import Gathered
 from jax_eplb.moe.waves import Waves, exchange_counts
 from jax_eplb.routing import Ranks, SlotOrder
@@ -57,7 +57,7 @@ def exchange(
         nothing = zeros_varying_like(tokens.shape, jnp.float32, tokens, weights)
         return nothing, zeros_varying_like((), jnp.int32, tokens, weights)
     # The loops below carry values of one type: all as varying as the most varying.
-    tokens, weights, order, params = _equally_varying((tokens, weights, order, params))
+    tokens, weights, order, params = equally_varying((tokens, weights, order, params))
     return _exchange(compute, sizes, ranks, tokens, weights, order, params)
 
 
@@ -171,16 +171,3 @@ def _sum_by_token(rows, place: Int[Array, "T K"], weights: Float[Array, "T K"]):
     picked = rows.at[place].get(mode="fill", fill_value=0)  # [T, K, D]
     weighted = picked.astype(jnp.float32) * weights[..., None]
     return functools.reduce(jnp.add, jnp.unstack(weighted, axis=1))
-
-
-def _equally_varying(tree):
-    """Every array of the tree varying over all mesh axes that some array of it varies over."""
-    axes = frozenset().union(
-        *(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree))
-    )
-
-    def vary(x):
-        missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(vary, tree)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Num
 
-from jax_eplb.kernels import take_rows
+from jax_eplb.kernels import counting_sort, take_rows
 from jax_eplb.routing import Ranks, SlotOrder, segment_of
 
 
@@ -59,10 +59,9 @@ class Gathered:
         own = jnp.where((own >= 0) & (own < per_rank), own, per_rank)
         # A token's choices go to different slots.
         most = self.ranks.num_ranks * self.tokens_per_wave * min(choices_per_token, per_rank)
-        order = jnp.argsort(own, stable=True).astype(jnp.int32)[:most]
-        group_sizes = jnp.zeros(per_rank, jnp.int32).at[own].add(1, mode="drop")
+        found = counting_sort(own, per_rank)
         choice = jnp.minimum(choice, num_tokens * choices_per_token)
-        return GatheredWave(choice, place, group_sizes, order, first)
+        return GatheredWave(choice, place, found.counts, found.order[:most], first)
 
     def send_tokens(self, wave: GatheredWave, rows: Num[Array, "T *width"]):
         """The row of each choice that this rank serves, in the order of its slots."""
@@ -86,9 +85,11 @@ class Gathered:
 
     def _window(self, rows: Num[Array, "T *width"], first, fill=0):
         """This wave's tokens; the last wave is filled up."""
-        padding = [(0, self.tokens_per_wave)] + [(0, 0)] * (rows.ndim - 1)
-        padded = jnp.pad(rows, padding, constant_values=fill)
-        return jax.lax.dynamic_slice_in_dim(padded, first, self.tokens_per_wave)
+        missing = -len(rows) % self.tokens_per_wave
+        if missing:
+            padding = [(0, missing)] + [(0, 0)] * (rows.ndim - 1)
+            rows = jnp.pad(rows, padding, constant_values=fill)
+        return jax.lax.dynamic_slice_in_dim(rows, first, self.tokens_per_wave)
 
     def _all_gather(self, rows):
         if self.ranks.num_ranks == 1:

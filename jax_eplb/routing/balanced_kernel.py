@@ -15,6 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int
 
+from jax_eplb.kernels.top_k_sort_kernels import power_of_two
+from jax_eplb.kernels.varying import equally_varying
 from jax_eplb.routing.leveling import NodeSupply, Supply, describe, own_share, whole_quota
 from jax_eplb.routing.ranks import Ranks
 from jax_eplb.tables import PlacementTables
@@ -45,8 +47,7 @@ def kernel_share(
         tables.replicated_slots,
         lax.stop_gradient(tables.leveling),
     )
-    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in inputs))
-    inputs = [_varying(x, axes) for x in inputs]
+    inputs = equally_varying(inputs)
     varying = jax.typeof(inputs[0]).manual_axis_type
     share, _ = pl.pallas_call(
         functools.partial(_kernel, ranks=ranks, interpret=interpret),
@@ -59,11 +60,6 @@ def kernel_share(
         name="balanced_replica_choice",
     )(*inputs)
     return share
-
-
-def _varying(x, axes):
-    missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
-    return lax.pcast(x, missing, to="varying") if missing else x
 
 
 def _kernel(
@@ -90,7 +86,7 @@ def _kernel(
     alone = -1 - lax.iota(jnp.int32, num_places)
     expert = jnp.where(used, _load(expert_ref, slot, used), alone)
     rank_of_slot = jnp.where(used, lax.div(slot, jnp.int32(per_rank)), alone)
-    place = lax.broadcasted_iota(jnp.int32, (num_places, _power(per_rank)), 1)
+    place = lax.broadcasted_iota(jnp.int32, (num_places, power_of_two(per_rank)), 1)
     beside = rank_of_slot[:, None] * per_rank + place  # the slots of the same rank, [J, N]
     is_beside = used[:, None] & (place < per_rank)
     expert_beside = _load(expert_ref, beside, is_beside)
@@ -99,7 +95,7 @@ def _kernel(
     leveling = leveling_ref[...]
 
     sums = _add_up(counts_ref, rank, per_node)
-    each = lax.iota(jnp.int32, _power(num_experts))
+    each = lax.iota(jnp.int32, power_of_two(num_experts))
     for row, values in enumerate(sums):
         plgpu.store(sums_ref.at[row, each], values, mask=each < num_experts)
     if not interpret:
@@ -122,7 +118,7 @@ def _kernel(
     share = own_share(quota, Supply(own, before, there), near, rank, replicas)
     plgpu.store(share_ref.at[slot], share, mask=used)
 
-    every = lax.iota(jnp.int32, _power(num_slots))
+    every = lax.iota(jnp.int32, power_of_two(num_slots))
     exists = every < num_slots
     its_expert = _load(expert_ref, every, exists)
     exists = exists & (_load(replicas_ref, its_expert, exists) == 1)
@@ -132,7 +128,7 @@ def _kernel(
 def _add_up(counts_ref, rank, per_node):
     """Tokens of each expert: all, those on the ranks before, and those of these on the node."""
     num_ranks, num_experts = counts_ref.shape
-    each = lax.iota(jnp.int32, _power(num_experts))
+    each = lax.iota(jnp.int32, power_of_two(num_experts))
     first_near = jnp.int32(0) if per_node is None else lax.div(rank, jnp.int32(per_node)) * per_node
 
     def add(chunk, sums):
@@ -166,8 +162,3 @@ def _load_two(ref, row, index, mask):
     return plgpu.load(
         ref.at[jnp.where(mask, row, 0), jnp.where(mask, index, 0)], mask=mask, other=0
     )
-
-
-def _power(size: int) -> int:
-    """The least power of two that is not smaller."""
-    return 1 << (size - 1).bit_length()
