@@ -4,6 +4,7 @@ A GPU lowers its clocks under a long load. So each figure is taken from short bu
 a rest, the ceilings too, and the median of the bursts counts.
 """
 
+import argparse
 import math
 import os
 import tempfile
@@ -33,6 +34,18 @@ class Ceilings(NamedTuple):
         2.0
         """
         return 1e3 * max(num_bytes / self.bandwidth, num_flops / self.flops)
+
+
+def add_ceiling_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `given_or_measured` reads."""
+    parser.add_argument("--bandwidth", type=float, help="bytes per second, instead of measuring")
+    parser.add_argument("--flops", type=float, help="operations per second, instead of measuring")
+
+
+def given_or_measured(arguments: argparse.Namespace, dtype: str) -> Ceilings:
+    """The ceilings of this run."""
+    found = measure_ceilings(dtype)
+    return Ceilings(arguments.bandwidth or found.bandwidth, arguments.flops or found.flops)
 
 
 def measure_ceilings(dtype: str, *, size: int | None = None) -> Ceilings:

@@ -23,7 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from benchmarks.ceilings import Ceilings, burst_ms, compile_all, measure_ceilings
+from benchmarks.ceilings import (
+    Ceilings,
+    add_ceiling_options,
+    burst_ms,
+    compile_all,
+    given_or_measured,
+)
 from benchmarks.machine import describe
 from benchmarks.tables import Column, Table
 from jax_eplb.kernels import grouped_matmul
@@ -189,18 +195,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="by backend")
     parser.add_argument("--gradients", action="store_true", help="forward and backward")
-    parser.add_argument("--bandwidth", type=float, help="bytes per second, instead of measuring")
-    parser.add_argument("--flops", type=float, help="operations per second, instead of measuring")
+    add_ceiling_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.add_argument("--verbose", action="store_true", help="why a peer could not be timed")
     arguments = parser.parse_args(argv)
     on_gpu = jax.default_backend() == "gpu"
     shapes = [tuple(shape) for shape in arguments.shape or (GPU_SHAPES if on_gpu else CPU_SHAPES)]
     dtype = arguments.dtype or ("bfloat16" if on_gpu else "float32")
-    ceilings = measure_ceilings(dtype)
-    ceilings = Ceilings(
-        arguments.bandwidth or ceilings.bandwidth, arguments.flops or ceilings.flops
-    )
+    ceilings = given_or_measured(arguments, dtype)
     rows, notes = measure(shapes, dtype, ceilings, gradients=arguments.gradients)
     if on_gpu and dtype == "bfloat16" and not arguments.gradients:
         request = {"product": [[*shape, draw_sizes(shape).tolist()] for shape in shapes]}

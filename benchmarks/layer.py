@@ -28,7 +28,14 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
-from benchmarks.ceilings import Ceilings, burst_ms, compile_all, device_ms, measure_ceilings
+from benchmarks.ceilings import (
+    Ceilings,
+    add_ceiling_options,
+    burst_ms,
+    compile_all,
+    device_ms,
+    given_or_measured,
+)
 from benchmarks.grouped_matmul import torch_times
 from benchmarks.machine import describe
 from benchmarks.tables import Column, Table
@@ -270,8 +277,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Time of whole MoE layers.")
     parser.add_argument("--layer", action="append", help="only those whose name holds this")
     parser.add_argument("--stages", action="store_true", help="time each stage on its own too")
-    parser.add_argument("--bandwidth", type=float, help="bytes per second, instead of measuring")
-    parser.add_argument("--flops", type=float, help="operations per second, instead of measuring")
+    add_ceiling_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.add_argument("--verbose", action="store_true", help="why a peer could not be timed")
     arguments = parser.parse_args(argv)
@@ -283,10 +289,7 @@ def main(argv: list[str] | None = None) -> None:
         if any(part in layer.name for part in arguments.layer or [layer.name])
     ]
     dtype = "bfloat16" if on_gpu else "float32"
-    ceilings = measure_ceilings(dtype)
-    ceilings = Ceilings(
-        arguments.bandwidth or ceilings.bandwidth, arguments.flops or ceilings.flops
-    )
+    ceilings = given_or_measured(arguments, dtype)
     rows = measure(layers, dtype, ceilings)
     if arguments.stages:
         for row, times in zip(rows, stages(layers, dtype), strict=True):
