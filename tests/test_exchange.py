@@ -38,7 +38,8 @@ def emulated(monkeypatch):
 
 
 def times_slot_weights(rows, weights, group_sizes):
-    return grouped_matmul(rows, weights, group_sizes, implementation="blocked")
+    with jax.default_matmul_precision("highest"):  # a GPU would round to TF32
+        return grouped_matmul(rows, weights, group_sizes, implementation="blocked")
 
 
 def order_of(slots):

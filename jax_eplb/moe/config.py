@@ -1,11 +1,16 @@
 """What an MoE layer is made of: the static sizes and choices, checked once."""
 
 import dataclasses
+import math
 
 from jax_eplb.kernels import activation_named, check_implementation
 from jax_eplb.moe.exchange import IMPLEMENTATIONS, ExchangeSizes
 from jax_eplb.placement import check_sizes
 from jax_eplb.routing import POLICIES, Ranks, RouterConfig
+
+# Rows of a pair of ranks: chance moves a larger share by less than a quarter, at four standard
+# deviations.
+_LARGE_SHARE, _SNUG = 1024, 1.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +98,15 @@ class MoEConfig:
         if cap is not None:
             capacity = min(whole, cap // self.num_ranks)
             return ExchangeSizes(self.exchange, (capacity,), in_waves=capacity < whole)
-        # Twice the even share nearly always does; where it does not, all of it goes at once.
-        usual = max(64, -(-2 * num_tokens * self.experts_per_token // self.num_ranks))
-        capacities = (usual, whole) if usual < whole and self.exchange == "waves" else (whole,)
+        if self.exchange != "waves":
+            return ExchangeSizes(self.exchange, (whole,), in_waves=False)
+        # Buffers travel whole, so a large batch tries a snug one first. Twice the even share nearly
+        # always does; where it does not, all of it goes at once.
+        share = num_tokens * self.experts_per_token / self.num_ranks
+        sizes = [max(64, math.ceil(2 * share))]
+        if share >= _LARGE_SHARE:
+            sizes.insert(0, math.ceil(_SNUG * share))
+        capacities = (*(size for size in sizes if size < whole), whole)
         return ExchangeSizes(self.exchange, capacities, in_waves=False)
 
     @property

@@ -117,12 +117,12 @@ def _in_waves(sizes: ExchangeSizes, ranks: Ranks, order: SlotOrder, run, finish,
     `finish(rows, place)` is given a table of rows, and each choice's row in it.
     """
     gathers = sizes.implementation == "all_gather"
-    received = None if gathers else exchange_counts(order, ranks)
+    slot_tokens = None if gathers else exchange_counts(order, ranks)
 
     def transport_of(capacity):
-        if received is None:
+        if slot_tokens is None:
             return Gathered(order, ranks, capacity)
-        return Waves(order, received, ranks, capacity, sizes.implementation == "ragged")
+        return Waves(order, slot_tokens, ranks, capacity, sizes.implementation == "ragged")
 
     def once(capacity):
         transport = transport_of(capacity)
