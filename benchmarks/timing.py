@@ -4,10 +4,12 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
+
+Key = TypeVar("Key")
 
 
 class Times(NamedTuple):
@@ -30,7 +32,7 @@ def time_warm(call: Callable[[], Any], rounds: int) -> Times:
     return in_turn({"call": functools.partial(warm_ms, call)}, rounds)["call"]
 
 
-def in_turn(clocks: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Times]:
+def in_turn(clocks: Mapping[Key, Callable[[], float]], rounds: int) -> dict[Key, Times]:
     """Median and least of several rounds, in each of which every clock is read once.
 
     A clock returns ms, NaN for a failure; it is not asked again after one.
@@ -38,7 +40,7 @@ def in_turn(clocks: Mapping[str, Callable[[], float]], rounds: int) -> dict[str,
     >>> in_turn({"a": iter([3.0, 1.0, 2.0]).__next__, "b": lambda: math.nan}, 3)
     {'a': Times(median_ms=2.0, least_ms=1.0), 'b': Times(median_ms=None, least_ms=None)}
     """
-    read: dict[str, list[float]] = {name: [] for name in clocks}
+    read: dict[Key, list[float]] = {name: [] for name in clocks}
     for _ in range(rounds):
         for name, clock in clocks.items():
             if not any(map(math.isnan, read[name])):

@@ -5,8 +5,15 @@ import importlib
 import sys
 from pathlib import Path
 
-from jax_eplb.commands.inputs import add_recording_options, parse_range, positive, whole
+from jax_eplb.commands.inputs import (
+    add_recording_options,
+    parse_integers,
+    parse_range,
+    positive,
+    whole,
+)
 from jax_eplb.commands.plan_options import add_plan_options
+from jax_eplb.rebalance import BalancerError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -16,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     command = importlib.import_module(f"jax_eplb.commands.{arguments.command}")
     try:
         command.run(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, BalancerError) as error:
         print(f"jax-eplb {arguments.command}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -33,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_report(commands)
     _add_plan(commands)
     _add_run(commands)
+    _add_reshard(commands)
     return parser
 
 
@@ -42,9 +50,19 @@ def _add_demo(commands) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for results")
     parser.add_argument("--ep-size", type=positive, default=8, metavar="P", help="devices")
-    parser.add_argument("--num-slots", type=positive, default=80, metavar="S")
+    parser.add_argument(
+        "--num-slots", type=positive, metavar="S", help="default: 80, or 72 with --online"
+    )
     parser.add_argument(
         "--batches", type=positive, default=4, metavar="N", help="full batches of each run"
+    )
+    parser.add_argument(
+        "--online",
+        action="store_true",
+        help="let the placement follow text whose kind changes half-way (some minutes)",
+    )
+    parser.add_argument(
+        "--iterations", type=positive, default=480, metavar="N", help="with --online: at least"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -97,10 +115,98 @@ def _add_run(commands) -> None:
     parser.add_argument(
         "--replica-choice",
         choices=("even", "local", "balanced"),
-        default="even",
-        help="how tokens are divided among an expert's replicas: in turn, to the nearest, or so "
-        "that the fullest rank is lightest (plan for it with --split balanced)",
+        help="how tokens are divided among an expert's replicas: in turn (the default), to the "
+        "nearest, or so that the fullest rank is lightest (plan for it with --split balanced; the "
+        "default where the placement follows the load)",
     )
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--output", type=Path, metavar="JSONL", help="write what was generated")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_balancer_options(parser)
+
+
+def _add_balancer_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "balancing while serving",
+        "where the load balancer file has layer_updates_per_iter above 0: the layers that are "
+        "looked at in each iteration",
+    )
+    group.add_argument(
+        "--balancer-warmup",
+        type=whole,
+        default=0,
+        metavar="N",
+        help="iterations that are counted before the first update",
+    )
+    group.add_argument(
+        "--window-size",
+        type=positive,
+        metavar="N",
+        help="plan for the last N iterations, not for a load that fades",
+    )
+    group.add_argument(
+        "--change-factor",
+        type=float,
+        metavar="X",
+        help="with --window-size: forget what was before the imbalance became X times as much",
+    )
+    group.add_argument(
+        "--step-interval", type=positive, metavar="N", help="look every N iterations, not in each"
+    )
+    group.add_argument(
+        "--min-balancedness", type=float, metavar="X", help="look only where mean / max is below X"
+    )
+    group.add_argument(
+        "--max-moves", type=positive, metavar="M", help="slots of a layer in one update"
+    )
+    group.add_argument(
+        "--horizon",
+        type=positive,
+        metavar="N",
+        help="move only what pays for itself within N iterations",
+    )
+    group.add_argument("--events", type=Path, metavar="JSONL", help="write every update there")
+    group.add_argument(
+        "--prometheus-port", type=positive, metavar="PORT", help="serve counters and gauges there"
+    )
+
+
+def _add_reshard(commands) -> None:
+    parser = commands.add_parser(
+        "reshard", help="rewrite a checkpoint for other ranks and slots, or as another format"
+    )
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CKPT",
+        help="checkpoints of jax_eplb, one of their steps, or safetensors: a file or a directory",
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="a new directory")
+    parser.add_argument("--ep-size", type=positive, required=True, metavar="P", help="ranks")
+    parser.add_argument(
+        "--num-slots", type=positive, metavar="S", help="default: the plan's, or the fewest"
+    )
+    placement = parser.add_mutually_exclusive_group()
+    placement.add_argument(
+        "--load-balancer", metavar="FILE", help="the placement; default: the initial layout"
+    )
+    placement.add_argument("--recording", metavar="PATH", help="plan a placement for this load")
+    parser.add_argument(
+        "--default-layers",
+        type=parse_integers,
+        default=[],
+        metavar="L,L,...",
+        help="layers that the plan does not name, laid out initially (DeepSeek-V3's is 61)",
+    )
+    parser.add_argument(
+        "--format", choices=("orbax", "safetensors"), help="of OUT; default: as CKPT"
+    )
+    parser.add_argument(
+        "--layout",
+        choices=("experts", "slots"),
+        default="experts",
+        help="in expert order, or a file for each rank with its slots in order",
+    )
+    parser.add_argument("--step", type=whole, metavar="N", help="of CKPT; default: the last")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, only")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

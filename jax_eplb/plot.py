@@ -9,7 +9,7 @@ from Okabe and Ito's palette, can be told apart with any common form of colour b
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -26,6 +26,7 @@ from jax_eplb.placement import Placement
 from jax_eplb.report import chance_by_layer, rank_tokens
 
 BEFORE, AFTER, CHANCE = "#D55E00", "#0072B2", "#666666"
+_SERIES = (BEFORE, AFTER, "#009E73", "#CC79A7")
 _COLOURS = "RdBu_r"
 # More layers than these would be too small to read: the most imbalanced are drawn.
 _PANELS = 8
@@ -101,6 +102,51 @@ def plot_before_after(
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
     _draw_imbalances(upper.subplots(), before, after, layer_ids, chance)
     _fill_by_layer(lower, {"before": before, "after": after}, layer_ids, "rank")
+    return _save(figure, Path(path))
+
+
+def plot_over_time(
+    path: str | os.PathLike,
+    series: Mapping[str, np.ndarray],
+    *,
+    change: int | None = None,
+    updates: Sequence[int] = (),
+    smooth: int = 20,
+) -> Path:
+    """Draw imbalances, float[W] by name, over the iterations: each one, and a running mean.
+
+    `change`: an iteration to mark with a line; `updates`: iterations to mark on the axis.
+    """
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, values) in enumerate(series.items()):
+        values, colour = np.asarray(values, np.float64), _SERIES[number % len(_SERIES)]
+        axes.plot(values, color=colour, linewidth=0.5, alpha=0.25)
+        count = np.minimum(np.arange(1, len(values) + 1), smooth)
+        total = np.concatenate([np.zeros(1), np.cumsum(values)])
+        end = np.arange(1, len(values) + 1)
+        mean = (total[end] - total[end - count]) / count
+        axes.plot(mean, color=colour, linewidth=1.6, label=f"{name} (mean {values.mean():.3f})")
+    if change is not None:
+        axes.axvline(change, color="black", linestyle="--", linewidth=1, label="other text")
+    if len(updates):
+        axes.plot(
+            updates,
+            np.zeros(len(updates)),
+            "|",
+            color="black",
+            markersize=7,
+            label=f"a layer changes ({len(updates)} times)",
+            clip_on=False,
+        )
+    axes.set_title(f"Imbalance over time, mean over the layers; thick: mean of {smooth} iterations")
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("(max - mean) / mean")
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0)
+    axes.grid(axis="y", color="0.9")
+    axes.set_axisbelow(True)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
     return _save(figure, Path(path))
 
 

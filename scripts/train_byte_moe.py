@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jax_eplb.checkpoint import TrainingCheckpoints
+from jax_eplb.checkpoint import Checkpoints
 from jax_eplb.mesh import expert_mesh
 from jax_eplb.models import DecoderConfig, parameters
 from jax_eplb.models.config import read_config
@@ -47,8 +47,11 @@ def main():
 
     params = parameters.initialize(jax.random.key(training.seed), config, mesh, trainer.axis_name)
     state = (params, trainer.optimizer_state(params))
-    checkpoints = TrainingCheckpoints(arguments.out / "checkpoints")
-    first, state = checkpoints.restore_latest(state)
+    checkpoints = Checkpoints(arguments.out / "checkpoints")
+    first = 0
+    if checkpoints.steps:
+        restored = checkpoints.restore(state)
+        first, state = restored.step, restored.state
     console = Console()
     console.print(
         f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters on {mesh.size} "
@@ -68,9 +71,9 @@ def main():
                 console.print(progress_line(step, losses, training, begun, step - first))
                 progress.update(task, completed=step)
             if step % arguments.save_every == 0:
-                checkpoints.save(step, state)
-    if step > first:
-        checkpoints.save(step, state)
+                checkpoints.save(step, state, trainer.placement())
+    if step > first and step % arguments.save_every:  # otherwise it is saved already
+        checkpoints.save(step, state, trainer.placement())
     bits = {kind: held_out_bits(trainer, state[0], tables, held_out[kind]) for kind in held_out}
     table = np.asarray(jnp.broadcast_to(jnp.arange(config.num_experts), tables.replica_count.shape))
     by_expert = parameters.on_host(state[0], table, config.num_experts)

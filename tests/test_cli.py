@@ -11,7 +11,7 @@ from jax_eplb.cli import build_parser, main
 from tests.command_line import fail, skewed_counts, skewed_recording, write_statistics
 
 
-@pytest.mark.parametrize("command", ["demo", "report", "plan", "run"])
+@pytest.mark.parametrize("command", ["demo", "report", "plan", "run", "reshard"])
 def test_each_command_explains_itself(capsys, command):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])

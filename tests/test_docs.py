@@ -12,16 +12,22 @@ PAGES = sorted(DOCS.glob("*.md"))
 
 
 @pytest.mark.slow
-def test_the_layers_example_prints_what_it_says(tmp_path):
-    (code,) = re.findall(r"^```python\n(.*?)^```$", (DOCS / "layer.md").read_text(), re.M | re.S)
+@pytest.mark.parametrize("page", ["layer.md", "checkpoints.md"])
+def test_the_first_example_prints_what_it_says(tmp_path, page):
+    code = re.findall(r"^```python\n(.*?)^```$", (DOCS / page).read_text(), re.M | re.S)[0]
     script = tmp_path / "example.py"
     script.write_text(code)
     environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     run = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, check=False, env=environment
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        cwd=tmp_path,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == re.findall(r"^print.*# (.*)$", code, re.M)[0]
+    assert run.stdout.splitlines() == re.findall(r"^print.*# (.*)$", code, re.M)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_eplb import expert_mesh
-from jax_eplb.checkpoint import TrainingCheckpoints
+from jax_eplb.checkpoint import Checkpoints
 from jax_eplb.models import parameters
 from jax_eplb.models.training import Trainer, TrainingConfig, corpus, draw
 from tests.small_decoder import SMALL, drawn_on_host
@@ -86,13 +86,12 @@ def test_one_device_and_four_have_the_same_losses():
 @pytest.mark.slow
 def test_resuming_from_a_checkpoint_changes_no_bit(tmp_path):
     state, _ = trained(4, first_state(4), 0, 8)
-    checkpoints = TrainingCheckpoints(tmp_path)
-    checkpoints.save(8, state)
-    checkpoints.close()
-    again = TrainingCheckpoints(tmp_path)
-    step, state = again.restore_latest(first_state(4))
-    again.close()
-    state, _ = trained(4, state, step, 15)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(8, state, trainer(4)[0].placement())
+    with Checkpoints(tmp_path) as again:
+        restored = again.restore(first_state(4))
+    assert restored.step == 8
+    state, _ = trained(4, restored.state, restored.step, 15)
     for found, expected in zip(jax.tree.leaves(state), jax.tree.leaves(unbroken()[0]), strict=True):
         np.testing.assert_array_equal(found, expected)
 

@@ -8,6 +8,7 @@ so that the fullest rank is lightest; what dealing in turn would leave is told b
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,6 +48,14 @@ class Leg(NamedTuple):
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.online:
+        # Imported late, as commands are.
+        from jax_eplb.commands import demo_online
+
+        demo_online.run(arguments)
+        return
+    if arguments.num_slots is None:
+        arguments.num_slots = 80
     arguments.out.mkdir(parents=True, exist_ok=True)
     simulate_devices(arguments.ep_size)
     mesh = expert_mesh(arguments.ep_size)
@@ -111,26 +120,35 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("the balanced run wrote other tokens than the unbalanced one")
 
 
-def sample_requests(half: str, count: int) -> list[Request]:
-    """Requests from one half of the embedded held-out text, the four kinds in turn.
+def sample_requests(
+    half: str,
+    count: int,
+    *,
+    kinds: Sequence[str] = KINDS,
+    prompt_bytes: int = PROMPT_BYTES,
+    output_tokens: int = OUTPUT_TOKENS,
+    first_seed: int = 0,
+) -> list[Request]:
+    """Requests from one half of the embedded held-out text, the kinds in turn.
 
     Passages follow each other; where a half has fewer than asked for, they begin again at another
     offset.
     """
     folder = resources.files("jax_eplb.models") / "samples"
     passages = []
-    for kind in KINDS:
+    for kind in kinds:
         text = (folder / f"{kind}.txt").read_bytes()
         middle = len(text) // 2
         text = text[:middle] if half == "first" else text[middle:]
         passages.append(np.frombuffer(text, np.uint8).astype(np.int32))
     requests = []
     for number in range(count):
-        text = passages[number % len(KINDS)]
-        turns = (len(text) - PROMPT_BYTES) // PROMPT_BYTES
-        turn, start = divmod(number // len(KINDS), turns)
-        offset = start * PROMPT_BYTES + turn * 37 % PROMPT_BYTES
-        requests.append(Request(text[offset : offset + PROMPT_BYTES], OUTPUT_TOKENS, seed=number))
+        text = passages[number % len(kinds)]
+        turns = (len(text) - prompt_bytes) // prompt_bytes
+        turn, start = divmod(number // len(kinds), turns)
+        offset = start * prompt_bytes + turn * 37 % prompt_bytes
+        prompt = text[offset : offset + prompt_bytes]
+        requests.append(Request(prompt, output_tokens, seed=first_seed + number))
     return requests
 
 

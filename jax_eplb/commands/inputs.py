@@ -77,6 +77,15 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def parse_integers(text: str) -> list[int]:
+    """Integers of 0 or more: "3,61".
+
+    >>> parse_integers("3,61")
+    [3, 61]
+    """
+    return [whole(part) for part in text.split(",")]
+
+
 def parse_range(text: str) -> tuple[int, int | None]:
     """A half-open range of iterations: "100-200", or "100-" for all from 100.
 

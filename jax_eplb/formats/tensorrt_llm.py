@@ -65,6 +65,19 @@ def load_placement(
         )
 
 
+def load_layer_updates(source: Any) -> int:
+    """`layer_updates_per_iter` of what `load_placement` reads; 0 where it does not say.
+
+    >>> load_layer_updates({"num_slots": 4, "layer_updates_per_iter": 2})
+    2
+    """
+    place, config = _read_config(source)
+    updates = config.get("layer_updates_per_iter", 0)
+    with prefixing(place):
+        _check_updates(updates)
+    return int(updates)
+
+
 def placement_to_dict(placement: Placement, *, layer_updates_per_iter: int = 0) -> dict[str, Any]:
     """The keys of `moe_load_balancer.yaml` as plain Python values."""
     _check_updates(layer_updates_per_iter)

@@ -138,15 +138,18 @@ class Trainer:
             num_slots=self.config.num_experts, num_ranks=self.mesh.shape[self.axis_name]
         )
 
-    def tables(self) -> PlacementTables:
+    def placement(self) -> Placement:
         """Training holds each expert once, in order."""
-        placement = Placement.default(
+        return Placement.default(
             num_experts=self.config.num_experts,
             num_ranks=self.moe.num_ranks,
             layer_ids=self.config.moe_layer_ids,
             num_slots=self.moe.num_slots,
         )
-        return jax.device_put(placement.tables(), NamedSharding(self.mesh, P()))
+
+    def tables(self) -> PlacementTables:
+        """What the layers read from the placement, on every device."""
+        return jax.device_put(self.placement().tables(), NamedSharding(self.mesh, P()))
 
     def optimizer_state(self, params: DecoderParams):
         """A fresh optimizer state: what belongs to a parameter is spread as the parameter is."""

@@ -9,18 +9,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from jax_eplb.moe.config import MoEConfig
-from jax_eplb.moe.experts import experts_in_order, init_experts, lecun_normal, place_experts
+from jax_eplb.moe.experts import init_experts, lecun_normal
 from jax_eplb.moe.feed_forward import ExpertWeights, SharedWeights
 from jax_eplb.moe.forward import MoEOutput, MoEParams, moe_forward
 from jax_eplb.moe.replica_gradients import tie_replicas
 from jax_eplb.moe.sharding import MeshAxes, param_specs
+from jax_eplb.moving import rebalance
 from jax_eplb.placement import Placement
 from jax_eplb.routing import update_selection_bias
 from jax_eplb.tables import PlacementTables
@@ -185,21 +185,27 @@ class MoE(nnx.Module):
     def use_placement(self, placement: Placement) -> None:
         """Move the experts to the slots of a one-layer placement; shapes stay what they are.
 
-        All or nothing: where the placement does not fit, ValueError, and all stays as it was.
+        Only slots that change move, from device to device. All or nothing: where the placement
+        does not fit, ValueError, and all stays as it was. An optimiser's moments are not the
+        layer's: `jax_eplb.rebalance` moves them, with a whole state of `nnx.split`.
         """
         self._check(placement)
-        here = np.asarray(self.slot_to_expert[...])
-        there = np.asarray(placement.slot_to_expert)[0]
+        config = self.config
+        here = Placement(
+            self.slot_to_expert[...][None],
+            config.num_experts,
+            config.num_ranks,
+            placement.layer_ids,
+        )
         banks = (self.gate_up, self.down, self.gate_up_bias, self.down_bias)
         banks = [bank for bank in banks if bank is not None]
-        moved = [
-            place_experts(
-                experts_in_order(bank[...], here, self.config.num_experts),
-                there,
-                bank[...].sharding,
-            )
-            for bank in banks
-        ]
+        moved = rebalance(
+            [bank[...] for bank in banks],
+            here,
+            placement,
+            axis_name=self.axes.expert,
+            donate=False,  # others may hold these arrays
+        )
         tables = self._tables_of(placement)
         for bank, weights in zip(banks, moved, strict=True):
             bank[...] = weights

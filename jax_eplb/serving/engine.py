@@ -16,13 +16,19 @@ from jaxtyping import Array
 from jax_eplb.load import Recorder
 from jax_eplb.models import Cache, parameters
 from jax_eplb.models.weights import SavedDecoder
+from jax_eplb.moving import RebalanceError, find_banks, prepare_moves, rebalance
 from jax_eplb.placement import Placement
+from jax_eplb.rebalance import Balancer, BalancerConfig, Listener
+from jax_eplb.serving.calibrate import seconds_per_token
 from jax_eplb.serving.request import Request
 from jax_eplb.serving.schedule import Schedule, StepPlan, Throughput
 from jax_eplb.serving.step import AXIS, Rows, State, Statics, run_step
+from jax_eplb.tables import PlacementTables
 
 # Steps in flight: one computes while the next is being handed over.
 _AHEAD = 2
+# Of a rank, moved at once when the placement changes: the more, the more memory that takes.
+_SLOTS_AT_ONCE = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +70,12 @@ class RunResult:
 
 
 class Engine:
-    """Serves requests with one model, one mesh and one placement at a time."""
+    """Serves requests with one model, one mesh and one placement at a time.
+
+    With a `balancer`, which is told of every iteration that is served, the placement follows the
+    load; `listeners` hear what it does. Where replicas are chosen by `balanced`, plans are made for
+    that.
+    """
 
     def __init__(
         self,
@@ -74,12 +85,13 @@ class Engine:
         placement: Placement,
         serving: ServingConfig | None = None,
         dtype=jnp.float32,
+        balancer: BalancerConfig | None = None,
+        listeners: Sequence[Listener] = (),
     ):
         config, serving = saved.config, serving or ServingConfig()
         if AXIS not in mesh.shape:
             raise ValueError(f"the mesh has the axes {mesh.axis_names}; one must be {AXIS!r}")
         self.config, self.mesh, self.serving, self._dtype = config, mesh, serving, dtype
-        self._saved = saved
         self._check_placement(placement)
         self.moe = config.moe(
             num_slots=placement.num_slots,
@@ -87,17 +99,30 @@ class Engine:
             moe_max_num_tokens=serving.moe_max_num_tokens,
             replica_choice=serving.replica_choice,
         )
-        self.use_placement(placement)
+        table = np.asarray(placement.slot_to_expert)
+        self._params = parameters.on_mesh(saved.params, table, config, mesh, AXIS, dtype)
+        self.placement, self._tables = placement, self._tables_of(placement)
+        banks = find_banks(self._params, num_slots=placement.num_slots, axis_name=AXIS)
+        prepare_moves(self._params, _SLOTS_AT_ONCE, banks=banks)
         temperature = np.float32(serving.temperature)
         self._temperature = jax.device_put(temperature, NamedSharding(mesh, P()))
         self._state = self._empty_state()
         self._statics = Statics(config, self.moe, mesh)
+        self.balancer = None
+        if balancer is not None:
+            split = "balanced" if self.moe.needs_leveling else "even"
+            self.balancer = Balancer(placement, balancer, split=split, listeners=listeners)
+            per_token = None
+            if balancer.horizon is not None and balancer.seconds_per_token is None:
+                per_token = seconds_per_token(self._params.sparse.moe.experts, self.moe)
+            self.balancer.prepare(self._params, seconds_per_token=per_token, banks=banks)
 
     def use_placement(self, placement: Placement) -> None:
         """Put the experts where the placement says; same sizes, so nothing is compiled again.
 
-        The one in force serves until the new one is complete. Raises ValueError where it is for
-        another model or mesh, or has another number of slots.
+        Only experts whose slots change move, from device to device, in place. Raises ValueError
+        where it is for another model or mesh, or has another number of slots, and RebalanceError
+        where moving failed: the placement in force then stays so.
         """
         self._check_placement(placement)
         if placement.num_slots != self.moe.num_slots:
@@ -105,24 +130,36 @@ class Engine:
                 f"the placement has {placement.num_slots} slots, this engine "
                 f"{self.moe.num_slots}; plan for {self.moe.num_slots}, or make another engine"
             )
-        table = np.asarray(placement.slot_to_expert)
-        params = parameters.on_mesh(
-            self._saved.params, table, self.config, self.mesh, AXIS, self._dtype
-        )
-        everywhere = NamedSharding(self.mesh, P())
+        tables = self._tables_of(placement)  # first, as `rebalance` uses the old weights up
+        try:
+            self._params = rebalance(
+                self._params,
+                self.placement,
+                placement,
+                slots_at_once=_SLOTS_AT_ONCE,
+                axis_name=AXIS,
+            )
+        except RebalanceError as error:
+            self._params = error.params
+            raise
+        self.placement, self._tables = placement, tables
+        if self.balancer is not None:
+            self.balancer.reset(placement)
+
+    def _tables_of(self, placement: Placement) -> PlacementTables:
         tables = placement.tables(with_leveling=self.moe.needs_leveling)
-        tables = jax.device_put(tables, everywhere)
-        self.placement, self._params, self._tables = placement, params, tables
+        return jax.device_put(tables, NamedSharding(self.mesh, P()))
 
     def recorder(self, start: int = 0, stop: int | None = None) -> Recorder:
-        """A recorder for this model and placement."""
+        """A recorder for this model, and for its placement unless that may change."""
+        changes = self.balancer is not None and self.balancer.config.layer_updates_per_iter > 0
         return Recorder(
             num_experts=self.config.num_experts,
             experts_per_token=self.config.experts_per_token,
             layer_ids=self.config.moe_layer_ids,
             start=start,
             stop=stop,
-            placement=self.placement,
+            placement=None if changes else self.placement,
         )
 
     def warm_up(self, requests: Sequence[Request]) -> None:
@@ -168,7 +205,12 @@ class Engine:
 
         while not schedule.done:
             plan = schedule.next_step()
+            if self.balancer is not None:
+                self._params, self._tables = self.balancer.between_steps(self._params, self._tables)
+                self.placement = self.balancer.placement
             tokens, expert_tokens, rank_tokens = self._launch(plan)
+            if self.balancer is not None:
+                self.balancer.after_step(expert_tokens, rank_tokens)
             if recorder is not None:
                 recorder.record(expert_tokens, rank_tokens)
             flying.append((plan, tokens))

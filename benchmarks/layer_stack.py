@@ -1,0 +1,161 @@
+"""A stack of MoE layers over a mesh, in the sizes of real models, for benchmarks of many devices.
+
+Axes: L layers, E experts, S slots, P ranks, N slots of a rank, T tokens of a rank, K choices of a
+token, D embedding width, F hidden width.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from jax_eplb.moe.config import MoEConfig
+from jax_eplb.moe.feed_forward import ExpertWeights
+from jax_eplb.moe.forward import MoEParams, moe_forward
+from jax_eplb.placement import Placement
+from jax_eplb.tables import PlacementTables
+
+AXIS = "expert"
+_SEED = 20261126
+
+
+class Shape(NamedTuple):
+    """Sizes of a model's MoE layers."""
+
+    name: str
+    embed: int  # D
+    hidden: int  # F
+    experts: int  # E
+    top_k: int  # K
+
+    def config(self, num_slots: int, num_ranks: int, **options: Any) -> MoEConfig:
+        return MoEConfig(
+            self.embed, self.hidden, self.experts, self.top_k, num_slots, num_ranks, **options
+        )
+
+    def row_bytes(self, dtype) -> int:
+        return self.embed * jnp.dtype(dtype).itemsize
+
+    def expert_bytes(self, dtype) -> int:
+        return 3 * self.embed * self.hidden * jnp.dtype(dtype).itemsize
+
+
+# From the models' published configurations.
+QWEN3_30B = Shape("Qwen3-30B", 2048, 768, 128, 8)
+DEEPSEEK_R1 = Shape("DeepSeek-R1", 7168, 2048, 256, 8)
+GPT_OSS_20B = Shape("gpt-oss-20b", 2880, 2880, 32, 4)
+
+
+def small(shape: Shape) -> Shape:
+    """The same experts and choices, narrow enough for a CPU."""
+    return shape._replace(name=f"{shape.name}, narrow", embed=256, hidden=32)
+
+
+def make_params(
+    shape: Shape, config: MoEConfig, mesh: Mesh, num_layers: int, dtype, router=None
+) -> MoEParams:
+    """Random weights [L, S, …], each rank's made where they stay; `router` [L, D, E] if given."""
+    whole, bank = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, AXIS))
+
+    def local():
+        key = jax.random.fold_in(jax.random.key(_SEED), jax.lax.axis_index(AXIS))
+
+        def layer(key):
+            up, down = jax.random.split(key)
+            slots, (wide, narrow) = config.slots_per_rank, (shape.embed, shape.hidden)
+            gate_up = jax.random.normal(up, (slots, wide, 2 * narrow), dtype)
+            return ExpertWeights(
+                gate_up * wide**-0.5,
+                jax.random.normal(down, (slots, narrow, wide), dtype) * narrow**-0.5,
+            )
+
+        return jax.lax.map(layer, jax.random.split(key, num_layers))
+
+    make = jax.shard_map(local, mesh=mesh, in_specs=(), out_specs=P(None, AXIS))
+    experts = jax.jit(make, out_shardings=bank)()
+    if router is None:
+        router = np.random.default_rng(_SEED).normal(
+            size=(num_layers, shape.embed, shape.experts), scale=shape.embed**-0.5
+        )
+    return MoEParams(_put(router.astype(np.float32), whole), experts)
+
+
+def place_tables(placement: Placement, config: MoEConfig, mesh: Mesh) -> PlacementTables:
+    """The placement's tables, equal on every device."""
+    tables = placement.tables(with_leveling=config.needs_leveling)
+    return jax.tree.map(lambda x: _put(np.asarray(x), NamedSharding(mesh, P())), tables)
+
+
+def draw_tokens(shape: Shape, num_tokens: int, mesh: Mesh, dtype) -> Array:
+    """Random tokens [P·T, D] of all ranks."""
+    drawn = np.random.default_rng(_SEED).standard_normal((num_tokens, shape.embed), np.float32)
+    return place_tokens(drawn, mesh, dtype)
+
+
+def place_tokens(tokens: np.ndarray, mesh: Mesh, dtype) -> Array:
+    """Tokens [..., P·T, D] divided among the ranks along the last axis but one."""
+    leading = (None,) * (tokens.ndim - 2)
+    return _put(tokens.astype(dtype), NamedSharding(mesh, P(*leading, AXIS)))
+
+
+def _put(array: np.ndarray, sharding: NamedSharding) -> Array:
+    # As one call of device_put would, but without a hidden exchange between processes.
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def stack_step(config: MoEConfig, mesh: Mesh) -> Callable:
+    """(params, tables, tokens [P·T, D]) -> tokens of the last layer, counts [P, L, E], [P, L].
+
+    Each layer gets the tokens of the one before plus its result, normalised.
+    """
+
+    def local(params, tables, tokens):
+        mask = jnp.ones(len(tokens), bool)
+
+        def layer(tokens, params_and_tables):
+            out = moe_forward(*params_and_tables, tokens, mask, config=config, axis_name=AXIS)
+            wide = tokens.astype(jnp.float32) + out.tokens.astype(jnp.float32)
+            scale = jax.lax.rsqrt(jnp.square(wide).mean(axis=1, keepdims=True) + 1e-6)
+            return (wide * scale).astype(tokens.dtype), (out.expert_tokens, out.rank_tokens)
+
+        tokens, counts = jax.lax.scan(layer, tokens, (params, tables))
+        return tokens, jax.tree.map(lambda x: x[None], counts)
+
+    return _sharded(local, mesh, (_params_spec(), P(), P(AXIS)))
+
+
+def separate_layers(config: MoEConfig, mesh: Mesh) -> Callable:
+    """As `stack_step`, but each layer gets tokens of its own, [L, P·T, D]; gives counts alone."""
+
+    def local(params, tables, tokens):
+        mask = jnp.ones(tokens.shape[1], bool)
+
+        def layer(total, inputs):
+            params, tables, tokens = inputs
+            out = moe_forward(params, tables, tokens, mask, config=config, axis_name=AXIS)
+            # What is not read would not be computed.
+            total = total + out.tokens.astype(jnp.float32).sum(axis=0)
+            return total, (out.expert_tokens, out.rank_tokens)
+
+        zero = jax.lax.pcast(jnp.zeros(tokens.shape[2], jnp.float32), AXIS, to="varying")
+        total, counts = jax.lax.scan(layer, zero, (params, tables, tokens))
+        return total[None], jax.tree.map(lambda x: x[None], counts)
+
+    return _sharded(local, mesh, (_params_spec(), P(), P(None, AXIS)))
+
+
+def _params_spec() -> MoEParams:
+    bank: Any = P(None, AXIS)
+    router: Any = P()
+    return MoEParams(router, ExpertWeights(bank, bank))
+
+
+def _sharded(local, mesh: Mesh, in_specs) -> Callable:
+    spread = functools.partial(jax.shard_map, mesh=mesh, in_specs=in_specs, out_specs=P(AXIS))
+    return jax.jit(spread(local))

@@ -1,0 +1,189 @@
+"""What balancing is worth on real devices: a layer's time with routing of real recordings.
+
+Axes: L layers, P ranks, T tokens of a rank.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from benchmarks.ceilings import burst_ms, compile_all
+from benchmarks.layer_stack import (
+    AXIS,
+    Shape,
+    make_params,
+    place_tables,
+    place_tokens,
+    separate_layers,
+)
+from benchmarks.replayed_routing import Replay, count_ids, routers, tokens_for
+from benchmarks.tables import Column, Table
+from benchmarks.timing import in_turn
+from jax_eplb.moe.forward import MoEParams
+from jax_eplb.placement import Placement, fewest_slots
+from jax_eplb.planner import plan
+from jax_eplb.tables import PlacementTables
+
+_LAYERS = 4  # of the recording, evenly spaced
+COLUMNS = [
+    Column("recording", "recording"),
+    Column("shape", "layers of"),
+    Column("tokens", "tokens a rank", 0),
+    Column("variant", "placement, split"),
+    Column("imbalance", "imbalance", 3),
+    Column("layer_ms", "ms a layer", 3),
+    Column("speed_up", "times faster", 2),
+    Column("of_perfect", "of the perfect gain", 2),
+]
+
+
+class Variant(NamedTuple):
+    """A placement with a way to divide tokens among replicas."""
+
+    name: str
+    split: str | None  # that the plan is made for; None: the contiguous placement
+    replicas_per_rank: int
+    uniform: bool = False  # routing without skew, as a bound
+
+
+VARIANTS = (
+    Variant("contiguous", None, 0),
+    Variant("planned, even", "even", 2),
+    Variant("planned, balanced", "balanced", 2),
+    Variant("uniform routing", None, 0, uniform=True),
+)
+
+
+class Prepared(NamedTuple):
+    """A variant's layers on the mesh."""
+
+    step: Callable
+    params: MoEParams
+    tables: PlacementTables
+
+
+def measure_balancing(
+    mesh: Mesh,
+    replays: Sequence[Replay],
+    shapes: dict[int, Shape],
+    batches: Sequence[int],
+    *,
+    windows: int,
+    effort: str,
+    dtype,
+    rounds: int,
+) -> Iterator[dict[str, Any]]:
+    """A row for each recording, number of tokens and variant; means over layers and windows.
+
+    Raises RuntimeError where a layer did not route as the recording says.
+    """
+    for replay in replays:
+        shape = shapes[replay.num_experts]._replace(top_k=replay.top_k)
+        chosen = np.linspace(0, replay.counts.shape[1] - 1, _LAYERS).round().astype(int)
+        kept = routers(_LAYERS, shape.embed, shape.experts)
+        with ThreadPoolExecutor() as pool:  # compiling planners takes most of the time
+            prepare = functools.partial(_prepare, replay, chosen, shape, mesh, kept, effort, dtype)
+            prepared = dict(zip(VARIANTS, pool.map(prepare, VARIANTS), strict=True))
+        for num_tokens in batches:
+            total = num_tokens * mesh.shape[AXIS]
+            uniform = replay.uniform(_LAYERS, total)
+            drawn = [replay.batch(chosen, total, window, windows) for window in range(windows)]
+            shown = {variant: uniform if variant.uniform else drawn[0] for variant in VARIANTS}
+            compiled = compile_all(
+                {
+                    variant: (
+                        found.step,
+                        (found.params, found.tables, _tokens(ids, kept, mesh, dtype)),
+                    )
+                    for (variant, found), ids in zip(prepared.items(), shown.values(), strict=True)
+                }
+            )
+            times = []
+            for skewed in drawn:
+                calls, imbalance = {}, {}
+                for variant, (_, params, tables) in prepared.items():
+                    ids = uniform if variant.uniform else skewed
+                    call = functools.partial(
+                        compiled[variant], params, tables, _tokens(ids, kept, mesh, dtype)
+                    )
+                    imbalance[variant] = _imbalance(call(), ids, f"{replay.name}, {variant.name}")
+                    calls[variant] = functools.partial(burst_ms, call, bursts=1)
+                found = in_turn(calls, rounds)
+                times.append({v: (found[v].median_ms / _LAYERS, imbalance[v]) for v in VARIANTS})
+            yield from _rows(replay, shape, num_tokens, times)
+
+
+def _prepare(
+    replay: Replay, chosen, shape: Shape, mesh: Mesh, kept, effort: str, dtype, variant: Variant
+) -> Prepared:
+    num_ranks = mesh.shape[AXIS]
+    num_slots = fewest_slots(shape.experts + variant.replicas_per_rank * num_ranks, num_ranks)
+    if variant.split is None:
+        placement = Placement.default(
+            num_experts=shape.experts, num_ranks=num_ranks, num_layers=_LAYERS, num_slots=num_slots
+        )
+    else:
+        seen = replay.counts[: len(replay.counts) // 2, chosen]
+        with jax.default_device(jax.devices("cpu")[0]):
+            planned = plan(seen, num_slots, num_ranks, split=variant.split, effort=effort)
+        placement = planned.placement
+    choice = "balanced" if variant.split == "balanced" else "even"
+    config = shape.config(num_slots, num_ranks, replica_choice=choice)
+    params = make_params(shape, config, mesh, _LAYERS, dtype, kept)
+    return Prepared(separate_layers(config, mesh), params, place_tables(placement, config, mesh))
+
+
+def _tokens(ids: np.ndarray, kept: np.ndarray, mesh: Mesh, dtype) -> jax.Array:
+    return place_tokens(tokens_for(ids, kept), mesh, dtype)
+
+
+def _imbalance(counts, ids: np.ndarray, case: str) -> float:
+    """(max - mean) / mean of the ranks' tokens, the mean of the layers; checks the routing."""
+    _, (expert_tokens, rank_tokens) = counts
+    routed = _read(expert_tokens).sum(axis=0)
+    wanted = count_ids(ids.swapaxes(0, 1), routed.shape[1])
+    if (routed != wanted).any():
+        raise RuntimeError(
+            f"{case}: the layer routed {np.abs(routed - wanted).sum() // 2} of {wanted.sum()} "
+            "choices elsewhere than recorded"
+        )
+    loads = _read(rank_tokens).astype(float)  # [P, L]
+    return float((loads.max(axis=0) / loads.mean(axis=0) - 1).mean())
+
+
+def _read(x: jax.Array) -> np.ndarray:
+    """The whole array on every process."""
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def _rows(replay: Replay, shape: Shape, num_tokens: int, times: list[dict]) -> Iterator[dict]:
+    mean = {v: np.mean([each[v] for each in times], axis=0) for v in VARIANTS}
+    contiguous, perfect = mean[VARIANTS[0]][0], mean[VARIANTS[-1]][0]
+    for variant, (ms, imbalance) in mean.items():
+        gain = contiguous - perfect
+        yield {
+            "recording": replay.name,
+            "shape": shape.name,
+            "tokens": num_tokens,
+            "variant": variant.name,
+            "imbalance": float(imbalance),
+            "layer_ms": float(ms),
+            "speed_up": float(contiguous / ms),
+            "of_perfect": float((contiguous - ms) / gain) if gain > 0 else None,
+        }
+
+
+def balancing_table(rows: list[dict]) -> Table:
+    notes = [
+        "Planned from the recording's first half, timed on batches of its second half, "
+        f"{VARIANTS[1].replicas_per_rank} replicas more on each rank. Imbalance is (max - mean) / "
+        "mean of the ranks' tokens. Of the perfect gain: what was saved over what uniform routing "
+        "saves.",
+    ]
+    return Table("A layer's time with routing of recordings", COLUMNS, rows, notes)

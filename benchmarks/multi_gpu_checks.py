@@ -1,0 +1,111 @@
+"""Placements on real devices: the same bytes whatever the placement, every expert where it belongs.
+
+Axes: L layers, E experts, S slots, P ranks.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from benchmarks.layer_stack import AXIS
+from benchmarks.tables import Column, Table
+from jax_eplb import MoE, MoEConfig, Placement
+from jax_eplb.moving import rebalance
+
+_SEED = 20261126
+_OUTPUTS = 20  # placements whose output is compared
+_EMBED, _HIDDEN, _TOKENS = 256, 128, 32
+COLUMNS = [
+    Column("check", "check"),
+    Column("placements", "placements", 0),
+    Column("wrong", "wrong", 0),
+]
+
+
+def run_checks(mesh: Mesh, placements: int, dtype) -> Iterator[dict[str, Any]]:
+    """A row for each check: how many placements, and how many were wrong."""
+    num_ranks = mesh.shape[AXIS]
+    num_experts, num_slots = 4 * num_ranks, 6 * num_ranks
+    generator = np.random.default_rng(_SEED)
+
+    def draw() -> Placement:
+        return random_placement(generator, num_experts, num_slots, num_ranks)
+
+    yield _moves_check(mesh, [draw() for _ in range(placements)], dtype)
+    for exchange in ("waves", "all_gather", "ragged"):
+        if exchange != "ragged" or jax.default_backend() != "cpu":
+            for choice in ("even", "balanced"):
+                config = MoEConfig(
+                    _EMBED,
+                    _HIDDEN,
+                    num_experts,
+                    4,
+                    num_slots,
+                    num_ranks,
+                    exchange=exchange,
+                    replica_choice=choice,
+                )
+                chosen = [draw() for _ in range(min(placements, _OUTPUTS))]
+                yield _output_check(mesh, config, chosen, dtype)
+
+
+def random_placement(
+    generator: np.random.Generator, num_experts: int, num_slots: int, num_ranks: int
+) -> Placement:
+    """Every expert has a slot, and other experts the rest, anywhere."""
+    spare = generator.permutation(num_experts)[: num_slots - num_experts]
+    row = generator.permutation(np.concatenate([np.arange(num_experts), spare]))
+    return Placement.from_slots(row[None], num_experts=num_experts, num_ranks=num_ranks)
+
+
+def _moves_check(mesh: Mesh, placements: list[Placement], dtype) -> dict[str, Any]:
+    """Weights that hold their expert's number, moved from each placement to the next."""
+
+    def expected(placement: Placement) -> np.ndarray:
+        return np.asarray(placement.slot_to_expert)[0, :, None, None].astype(np.float32)
+
+    now = placements[-1]
+    spread = NamedSharding(mesh, P(AXIS))
+    ids = np.broadcast_to(expected(now), (now.num_slots, 64, 128)).astype(dtype)
+    bank = jax.make_array_from_callback(ids.shape, spread, lambda index: ids[index])
+    params, wrong = {"weights": bank, "bias": bank[:, 0]}, 0
+    for placement in placements:
+        params, now = rebalance(params, now, placement), placement
+        weights = multihost_utils.process_allgather(params["weights"], tiled=True)
+        bias = multihost_utils.process_allgather(params["bias"], tiled=True)
+        here = expected(now)
+        same = (weights == here.astype(dtype)).all() and (bias == here[:, 0].astype(dtype)).all()
+        wrong += not same
+    return {"check": "every slot holds its expert", "placements": len(placements), "wrong": wrong}
+
+
+def _output_check(
+    mesh: Mesh, config: MoEConfig, placements: list[Placement], dtype
+) -> dict[str, Any]:
+    """The layer's output on each placement against that on the first, byte for byte."""
+    layer = MoE(config, mesh=mesh, rngs=nnx.Rngs(_SEED), placement=placements[0], dtype=dtype)
+    shape = (config.num_ranks * _TOKENS, _EMBED)
+    drawn = np.random.default_rng(_SEED).normal(size=shape).astype(dtype)
+    spread = NamedSharding(mesh, P(AXIS))
+    tokens = jax.make_array_from_callback(shape, spread, lambda index: drawn[index])
+
+    def output() -> np.ndarray:
+        out = multihost_utils.process_allgather(layer(tokens), tiled=True)
+        return np.asarray(out).view(np.uint8)
+
+    first, wrong = output(), 0
+    for placement in placements[1:]:
+        layer.use_placement(placement)
+        wrong += not np.array_equal(output(), first)
+    name = f"same output, {config.exchange}, {config.replica_choice} split"
+    return {"check": name, "placements": len(placements), "wrong": wrong}
+
+
+def checks_table(rows: list[dict]) -> Table:
+    return Table("The same bytes for any placement", COLUMNS, rows)

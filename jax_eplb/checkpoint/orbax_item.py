@@ -1,0 +1,42 @@
+"""An item of an Orbax checkpoint whose files are written here: Orbax makes it whole or nothing."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+
+class WrittenItemHandler(ocp.AsyncCheckpointHandler):
+    """Runs the writing in Orbax's thread, once the folder is there."""
+
+    async def async_save(self, directory: Any, args: "WrittenItem") -> list[Any]:
+        return [_Writing(args.write, directory)]
+
+    def save(self, directory: Any, args: "WrittenItem") -> None:
+        args.write(Path(directory))
+
+    def restore(self, directory: Any, args: Any = None) -> Any:
+        raise ValueError(
+            f"{directory}: restore with jax_eplb.checkpoint.Checkpoints, or name what you want: "
+            "args=orbax.checkpoint.args.Composite(pytree=orbax.checkpoint.args.StandardRestore())"
+        )
+
+
+@ocp.args.register_with_handler(WrittenItemHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class WrittenItem(ocp.args.CheckpointArgs):
+    """`write` fills the folder that it is given. It runs in another thread, on every process."""
+
+    write: Callable[[Path], None]
+
+
+class _Writing:
+    """What Orbax waits for."""
+
+    def __init__(self, write: Callable[[Path], None], directory: Any):
+        self._write, self._directory = write, directory
+
+    def result(self, timeout: float | None = None) -> None:
+        self._write(Path(self._directory))

@@ -1,0 +1,38 @@
+"""The digest of a decision, and what happens where processes differ."""
+
+import numpy as np
+import pytest
+
+from jax_eplb.rebalance import DigestMismatch
+from jax_eplb.rebalance.digest import check_agreement, digest, from_first_process
+
+TABLE = np.arange(12).reshape(2, 6)
+
+
+def test_any_slot_and_the_iteration_change_the_digest():
+    seen = {digest(5, TABLE).tobytes(), digest(6, TABLE).tobytes(), digest(5, TABLE.T).tobytes()}
+    for at in np.ndindex(TABLE.shape):
+        other = TABLE.copy()
+        other[at] += 1
+        seen.add(digest(5, other).tobytes())
+    assert len(seen) == 3 + TABLE.size
+
+
+def test_the_type_and_the_layout_of_the_table_do_not():
+    for same in (TABLE.astype(np.int64), TABLE.astype(np.int32), np.asfortranarray(TABLE)):
+        np.testing.assert_array_equal(digest(5, same), digest(5, TABLE))
+
+
+def test_processes_that_agree_go_on():
+    check_agreement(5, TABLE, gather=lambda own: np.stack([own, own]))
+
+
+def test_a_process_that_differs_is_named_before_anything_moves():
+    other = digest(5, TABLE[::-1])
+    with pytest.raises(DigestMismatch, match=r"iteration 5: .* than process \[1\]; nothing was mo"):
+        check_agreement(5, TABLE, gather=lambda own: np.stack([own, other, own]))
+
+
+def test_one_process_alone_asks_nobody():
+    check_agreement(5, TABLE)
+    assert from_first_process(np.array([1.5])).tolist() == [1.5]
