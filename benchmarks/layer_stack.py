@@ -119,7 +119,8 @@ def stack_step(config: MoEConfig, mesh: Mesh) -> Callable:
         mask = jnp.ones(len(tokens), bool)
 
         def layer(tokens, params_and_tables):
-            out = moe_forward(*params_and_tables, tokens, mask, config=config, axis_name=AXIS)
+            params, tables = params_and_tables
+            out = moe_forward(params, tables, tokens, mask, config=config, axis_name=AXIS)
             wide = tokens.astype(jnp.float32) + out.tokens.astype(jnp.float32)
             scale = jax.lax.rsqrt(jnp.square(wide).mean(axis=1, keepdims=True) + 1e-6)
             return (wide * scale).astype(tokens.dtype), (out.expert_tokens, out.rank_tokens)

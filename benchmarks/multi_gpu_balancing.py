@@ -115,7 +115,8 @@ def measure_balancing(
                     imbalance[variant] = _imbalance(call(), ids, f"{replay.name}, {variant.name}")
                     calls[variant] = functools.partial(burst_ms, call, bursts=1)
                 found = in_turn(calls, rounds)
-                times.append({v: (found[v].median_ms / _LAYERS, imbalance[v]) for v in VARIANTS})
+                each = {v: (found[v].median_ms or 0.0) / _LAYERS for v in VARIANTS}
+                times.append({v: (each[v], imbalance[v]) for v in VARIANTS})
             yield from _rows(replay, shape, num_tokens, times)
 
 
