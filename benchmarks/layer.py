@@ -39,7 +39,7 @@ from benchmarks.ceilings import (
 from benchmarks.grouped_matmul import torch_times
 from benchmarks.machine import describe
 from benchmarks.tables import Column, Table
-from jax_eplb.kernels import counting_sort, grouped_matmul, take_rows
+from jax_eplb.kernels import counting_sort, grouped_matmul, logits, take_rows
 from jax_eplb.mesh import expert_mesh
 from jax_eplb.moe.config import MoEConfig
 from jax_eplb.moe.feed_forward import ExpertWeights
@@ -212,7 +212,7 @@ def _stage_program(layer: Layer):
     """Name, function and arguments of each stage; it returns what later ones need, by name."""
 
     def routed(tokens, router):
-        routes = route(tokens.astype(jnp.float32) @ router, layer.top_k, RouterConfig())
+        routes = route(logits(tokens, router), layer.top_k, RouterConfig())
         return routes._asdict()
 
     def sort(experts):
@@ -220,7 +220,7 @@ def _stage_program(layer: Layer):
         return order._asdict() | {"place": order.place.reshape(experts.shape)}
 
     def gather(tokens, order):
-        return {"rows": take_rows(tokens, order // layer.top_k)}
+        return {"rows": take_rows(tokens, order, layer.top_k)}
 
     def up(rows, weights, counts):
         return {"hidden": grouped_matmul(rows, weights, counts, activation="swiglu")}

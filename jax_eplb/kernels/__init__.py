@@ -8,6 +8,7 @@ from jax_eplb.kernels.counting_sort import counting_sort as counting_sort
 from jax_eplb.kernels.grouped_matmul import IMPLEMENTATIONS as IMPLEMENTATIONS
 from jax_eplb.kernels.grouped_matmul import check_implementation as check_implementation
 from jax_eplb.kernels.grouped_matmul import grouped_matmul as grouped_matmul
+from jax_eplb.kernels.logits import logits as logits
 from jax_eplb.kernels.row_blocks import by_row_blocks as by_row_blocks
 from jax_eplb.kernels.take_rows import take_rows as take_rows
 from jax_eplb.kernels.top_k_sort import TopKSorted as TopKSorted

@@ -5,9 +5,12 @@ the result; F is N, or N / 2 where a gated activation joins gate and up.
 
 Each streaming multiprocessor runs one block of three warpgroups. One feeds tiles of rows and
 weights through shared memory by the copy engine, as many stages ahead as fit; the other two
-multiply, each its half of the columns, and write the result while the next tile's operands arrive
+multiply, each half of the tile, and write the result while the next tile's operands arrive
 already. Tiles begin where their group begins, so that none holds rows of two groups: a copy may
 read rows of the next group, the product computes them, and the write leaves them out.
+
+Large products are bounded by what the cache can send to the multiprocessors, and by power. So two
+blocks may work as a pair, in which each reads half of what both need, for both.
 """
 
 import functools
@@ -21,7 +24,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from jax_eplb.kernels.tile_table import ALIGN, STEP, Tiles, tile_table
+from jax_eplb.kernels.mosaic_tiles import Tiles, Walk
+from jax_eplb.kernels.tile_table import ALIGN, STEP
 from jax_eplb.kernels.varying import varying_like
 
 WARPGROUPS = 2  # that compute
@@ -45,36 +49,35 @@ def mosaic_product(
     rows = jnp.pad(rows, ((0, padding), (0, 0))) if padding else rows
     num_columns = weights.shape[1 if transpose_weights else 2]
     shape = (rows.shape[0], num_columns // 2 if gated else num_columns)
+    units_at_once = num_blocks // 2 if tiles.pair else num_blocks
     body = functools.partial(
         _body,
         tiles=tiles,
         transpose_weights=transpose_weights,
         activation=activation,
         gated=gated,
-        num_blocks=num_blocks,
+        units_at_once=units_at_once,
     )
     kernel = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(shape, rows.dtype),
-        grid=(num_blocks,),
-        grid_names=("block",),
+        grid=(units_at_once,),
+        grid_names=("unit",),
+        cluster=(2,) if tiles.pair else (),
+        cluster_names=("half",) if tiles.pair else (),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True
         ),
     )
-    out = kernel(*tile_table(rows.shape[0], group_sizes, tiles.block_m), rows, weights)
+    out = kernel(group_sizes.astype(jnp.int32), rows, weights)
     out = varying_like(out, rows, weights, group_sizes)
     return out[:num_rows] if padding else out
 
 
 def _body(
-    group_ref,
-    start_ref,
-    begin_ref,
-    end_ref,
-    used_ref,
+    sizes_ref,
     x_gmem,
     w_gmem,
     out_gmem,
@@ -83,35 +86,50 @@ def _body(
     transpose_weights: bool,
     activation,
     gated: bool,
-    num_blocks: int,
+    units_at_once: int,
 ):
     dtype, num_groups = x_gmem.dtype, w_gmem.shape[0]
+    num_rows, width = out_gmem.shape
     depth_steps = x_gmem.shape[1] // STEP
-    # A warpgroup's columns of the weights are one piece, or one of gate and one of up.
-    pieces = (0, out_gmem.shape[1]) if gated else (0,)
-    piece_n = tiles.block_n // WARPGROUPS // len(pieces)
-    block_f = piece_n * WARPGROUPS
-    num_n = pl.cdiv(out_gmem.shape[1], block_f)
-    narrow = out_gmem.shape[1] % block_f != 0  # the last tile reaches past the result
+    # The warpgroups share a tile's rows, or its columns where there are too few rows for that.
+    by_rows = tiles.block_m >= WARPGROUPS * STEP
+    own_rows = tiles.block_m // WARPGROUPS if by_rows else tiles.block_m
+    parts = 1 if by_rows else WARPGROUPS
+    # A part of the columns is one piece of the weights, or one of gate and one of up.
+    pieces = (0, width) if gated else (0,)
+    piece_n = tiles.block_n // parts // len(pieces)
+    block_f = piece_n * parts
+    num_columns = pl.cdiv(width, block_f)
+    # Whether a tile may reach past the result.
+    narrow = width % block_f != 0 or (tiles.pair and num_columns % 2 != 0)
     piece_shape = (piece_n, STEP) if transpose_weights else (STEP, piece_n)
     heights = range(0, tiles.block_m, STEP)  # where a tile's copies of 64 rows begin
+    walk = Walk(tiles, num_rows, num_groups, num_columns)
 
-    def tile_at(i):
-        """This block's i-th tile: its place in the table, its first column, and its stages."""
-        linear = lax.axis_index("block") + i * num_blocks
-        window = lax.div(linear, jnp.int32(tiles.window * num_n))
-        rest = linear - window * (tiles.window * num_n)
-        # The last window may be narrower.
-        width = jnp.minimum(jnp.int32(tiles.window), used_ref[0] - window * tiles.window)
-        m = window * tiles.window + lax.rem(rest, width)
-        used = (group_ref[m] < num_groups) & (begin_ref[m] < end_ref[m])
-        return m, lax.div(rest, width) * block_f, jnp.where(used, depth_steps, 0)
+    def for_each_tile(do):
+        """`step = do(tile, step)` for the tiles of this block, one after the other."""
+        half = lax.axis_index("half") if tiles.pair else jnp.int32(0)
+
+        def body(state):
+            place, step = state
+            step = do(walk.tile(place, half), step)
+            return walk.go_on(sizes_ref, place, jnp.int32(units_at_once)), step
+
+        first = walk.begin(sizes_ref, lax.axis_index("unit").astype(jnp.int32))
+        lax.while_loop(lambda state: walk.goes_on(state[0]), body, (first, jnp.int32(0)))
+
+    def stages_of(tile):
+        return jnp.where(tile.group < num_groups, depth_steps, 0)
+
+    # A stage that a pair reads together is empty when both blocks are done with it.
+    cluster_barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("half",))
+    empty_barrier = cluster_barrier if tiles.pair else plgpu.Barrier
 
     @functools.partial(
         pl.run_scoped,
         x_smem=plgpu.SMEM((tiles.steps, tiles.block_m, STEP), dtype, transforms=SWIZZLE),
         w_smem=plgpu.SMEM(
-            (tiles.steps, WARPGROUPS, len(pieces), *piece_shape), dtype, transforms=SWIZZLE
+            (tiles.steps, parts, len(pieces), *piece_shape), dtype, transforms=SWIZZLE
         ),
         # Whole tiles leave swizzled, without bank conflicts; parts of tiles leave row by row.
         results=plgpu.RefUnion(
@@ -119,95 +137,63 @@ def _body(
             plgpu.SMEM((WARPGROUPS, 2, STEP, STEP), dtype),
         ),
         full=plgpu.Barrier(
-            num_arrivals=len(heights) + WARPGROUPS * len(pieces), num_barriers=tiles.steps
+            num_arrivals=len(heights) + parts * len(pieces), num_barriers=tiles.steps
         ),
-        empty=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tiles.steps),
+        empty=empty_barrier(num_arrivals=WARPGROUPS, num_barriers=tiles.steps),
         collective_axes="warpgroup",
     )
     def _scoped(x_smem, w_smem, results, full, empty):
         warpgroup = lax.axis_index("warpgroup")
-        left = used_ref[0] * num_n - lax.axis_index("block")
-        count = lax.div(left + (num_blocks - 1), jnp.int32(num_blocks))
 
         def slot_of(step):
             return lax.rem(step, jnp.int32(tiles.steps))
-
-        def write(accs, m, column):
-            # Columns past the result's width must not be written: the copy engine drops an axis of
-            # one tile, and would write to its only tile.
-            whole_smem, part_smem = results
-
-            def result(top, n):
-                own = (slice(top, top + STEP), slice(n, n + STEP))
-                values = [acc[own] for acc in accs]
-                return (activation(*values) if activation else values[0]).astype(dtype)
-
-            for top in heights:
-                first = jnp.clip(begin_ref[m] - top, 0, STEP)
-                rows = jnp.clip(end_ref[m] - top, 0, STEP) - first
-                row = start_ref[m] + top
-
-                @pl.when(rows == STEP)
-                def _(top=top, row=row):
-                    for n in range(0, piece_n, STEP):
-
-                        @pl.when(column + n < out_gmem.shape[1])
-                        def _(n=n):
-                            # Two buffers in turn, unless some writes are left out.
-                            turn = 0 if narrow else (top * piece_n // STEP + n) // STEP % 2
-                            smem = whole_smem.at[warpgroup, turn]
-                            pending = 0 if narrow or (top, n) == (0, 0) else 1
-                            plgpu.wait_smem_to_gmem(pending, wait_read_only=True)
-                            smem[...] = result(top, n)
-                            plgpu.commit_smem()
-                            at = aligned(row, STEP, ALIGN), aligned(column + n, STEP)
-                            plgpu.copy_smem_to_gmem(smem, out_gmem.at[at])
-
-                @pl.when((rows > 0) & (rows < STEP))
-                def _(top=top, row=row, first=first, rows=rows):
-                    smem = part_smem.at[warpgroup, 0]
-                    for n in range(0, piece_n, STEP):
-
-                        @pl.when(column + n < out_gmem.shape[1])
-                        def _(n=n):
-                            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                            smem[...] = result(top, n)
-                            plgpu.commit_smem()
-                            _write_rows(smem, out_gmem, row, first, rows, column + n)
-                            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.when(warpgroup == WARPGROUPS)
         def _fetch():
             plgpu.set_max_registers(40, action="decrease")
 
-            def tile(i, step):
-                m, column, stages = tile_at(i)
-                group, start, end = group_ref[m], start_ref[m], end_ref[m]
+            def fetch(tile, step):
+                column = tile.column * block_f
 
-                def stage(k, step):
-                    slot = slot_of(step)
-                    plgpu.barrier_wait(empty.at[slot])
-                    deep = aligned(k * STEP, STEP)
-                    for part in range(WARPGROUPS):
+                def copy_weights(slot, deep, **how):
+                    for part in range(parts):
                         for piece, offset in enumerate(pieces):
                             own = aligned(column + (part * piece_n + offset), piece_n, STEP)
-                            at = (group, own, deep) if transpose_weights else (group, deep, own)
-                            plgpu.copy_gmem_to_smem(
-                                w_gmem.at[at], w_smem.at[slot, part, piece], full.at[slot]
-                            )
+                            at = (own, deep) if transpose_weights else (deep, own)
+                            source, smem = w_gmem.at[tile.group, *at], w_smem.at[slot, part, piece]
+                            plgpu.copy_gmem_to_smem(source, smem, full.at[slot], **how)
+
+                def copy_rows(slot, deep, **how):
                     for height in heights:
                         # Past the last row the copy engine fills with zeros and reads nothing.
-                        row = jnp.where(height < end, start + height, x_gmem.shape[0])
-                        plgpu.copy_gmem_to_smem(
-                            x_gmem.at[aligned(row, STEP, ALIGN), deep],
-                            x_smem.at[slot, pl.ds(height, STEP)],
-                            full.at[slot],
-                        )
+                        row = jnp.where(height < tile.end, tile.start + height, num_rows)
+                        source = x_gmem.at[aligned(row, STEP, ALIGN), deep]
+                        smem = x_smem.at[slot, pl.ds(height, STEP)]
+                        plgpu.copy_gmem_to_smem(source, smem, full.at[slot], **how)
+
+                def stage(k, step):
+                    slot, deep = slot_of(step), aligned(k * STEP, STEP)
+                    plgpu.barrier_wait(empty.at[slot])
+                    if not tiles.pair:
+                        copy_weights(slot, deep)
+                        copy_rows(slot, deep)
+                        return step + 1
+
+                    @pl.when(tile.shares_weights)
+                    def _():
+                        copy_weights(slot, deep, collective_axes="half")
+                        copy_rows(slot, deep)
+
+                    @pl.when(jnp.logical_not(tile.shares_weights))
+                    def _():
+                        copy_weights(slot, deep)
+                        copy_rows(slot, deep, collective_axes="half")
+
                     return step + 1
 
-                return lax.fori_loop(0, stages, stage, step)
+                return lax.fori_loop(0, stages_of(tile), stage, step)
 
-            lax.fori_loop(0, count, tile, jnp.int32(0))
+            for_each_tile(fetch)
             for slot in range(tiles.steps):
                 plgpu.barrier_wait(empty.at[slot])
 
@@ -216,18 +202,58 @@ def _body(
             plgpu.set_max_registers(232, action="increase")
             for slot in range(tiles.steps):
                 plgpu.barrier_arrive(empty.at[slot])
+            part = 0 if by_rows else warpgroup
+            top = warpgroup * own_rows if by_rows else 0
 
-            def tile(i, step):
-                m, column, stages = tile_at(i)
+            def write(tile, accs):
+                # Columns past the result's width must not be written: the copy engine drops an
+                # axis of one tile, and would write to its only tile.
+                whole_smem, part_smem = (smem.at[warpgroup] for smem in results)
+                column = tile.column * block_f + part * piece_n
+
+                def result(row, n):
+                    own = (slice(row, row + STEP), slice(n, n + STEP))
+                    values = [acc[own] for acc in accs]
+                    return (activation(*values) if activation else values[0]).astype(dtype)
+
+                for row in range(0, own_rows, STEP):
+                    start = tile.start + (top + row)
+                    first = jnp.clip(tile.begin - (top + row), 0, STEP)
+                    rows = jnp.clip(tile.end - (top + row), 0, STEP) - first
+                    for n in range(0, piece_n, STEP):
+                        exists = column + n < width
+
+                        @pl.when((rows == STEP) & exists)
+                        def _(row=row, n=n, start=start):
+                            # Two buffers in turn, unless some writes are left out.
+                            turn = 0 if narrow else (row * piece_n // STEP + n) // STEP % 2
+                            pending = 0 if narrow or (row, n) == (0, 0) else 1
+                            plgpu.wait_smem_to_gmem(pending, wait_read_only=True)
+                            whole_smem[turn] = result(row, n)
+                            plgpu.commit_smem()
+                            at = aligned(start, STEP, ALIGN), aligned(column + n, STEP)
+                            plgpu.copy_smem_to_gmem(whole_smem.at[turn], out_gmem.at[at])
+
+                        @pl.when((rows > 0) & (rows < STEP) & exists)
+                        def _(row=row, n=n, start=start, first=first, rows=rows):
+                            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                            part_smem[0] = result(row, n)
+                            plgpu.commit_smem()
+                            _write_rows(part_smem.at[0], out_gmem, start, first, rows, column + n)
+                            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+            def multiply(tile, step):
+                stages = stages_of(tile)
 
                 def product(*acc_refs):
                     def stage(k, step):
                         slot = slot_of(step)
                         plgpu.barrier_wait(full.at[slot])
+                        x = x_smem.at[slot, pl.ds(top, own_rows)]
                         for piece, acc_ref in enumerate(acc_refs):
-                            w = w_smem.at[slot, warpgroup, piece]
+                            w = w_smem.at[slot, part, piece]
                             w = w.transpose((1, 0)) if transpose_weights else w
-                            plgpu.wgmma(acc_ref, x_smem.at[slot], w)
+                            plgpu.wgmma(acc_ref, x, w)
                         # The stage before is done with; this one goes on.
                         plgpu.wgmma_wait(len(pieces))
 
@@ -240,17 +266,17 @@ def _body(
                     lax.fori_loop(0, stages, stage, step)
                     return [acc_ref[...] for acc_ref in acc_refs]
 
-                accumulators = [plgpu.WGMMAAccumulatorRef((tiles.block_m, piece_n)) for _ in pieces]
+                accumulators = [plgpu.WGMMAAccumulatorRef((own_rows, piece_n)) for _ in pieces]
                 accs = pl.run_scoped(product, *accumulators)
 
                 @pl.when(stages > 0)
                 def _():
                     plgpu.barrier_arrive(empty.at[slot_of(step + stages - 1)])
 
-                write(accs, m, column + warpgroup * piece_n)
+                write(tile, accs)
                 return step + stages
 
-            lax.fori_loop(0, count, tile, jnp.int32(0))
+            for_each_tile(multiply)
             plgpu.wait_smem_to_gmem(0)
 
 

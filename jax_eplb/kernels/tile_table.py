@@ -3,7 +3,6 @@
 Axes: M rows sorted by group, G groups, I tiles.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -11,16 +10,6 @@ from jaxtyping import Array, Int
 
 ALIGN = 8  # a tile begins at a row that is a multiple of this
 STEP = 64  # columns and rows of weights that one stage covers are multiples of this
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """How a product is cut; the stages must fit the 227 KiB of shared memory."""
-
-    block_m: int = 128  # rows of a tile
-    block_n: int = 256  # columns of weights in a tile; half gate, half up where they are joined
-    steps: int = 4  # stages of shared memory
-    window: int = 8  # tiles of rows that are multiplied with the same columns together
 
 
 class TileTable(NamedTuple):

@@ -168,6 +168,13 @@ def _in_waves(sizes: ExchangeSizes, ranks: Ranks, order: SlotOrder, run, finish,
 
 def _sum_by_token(rows, place: Int[Array, "T K"], weights: Float[Array, "T K"]):
     """The weighted sum of each token's rows, float32, always in the order of its choices."""
-    picked = rows.at[place].get(mode="fill", fill_value=0)  # [T, K, D]
-    weighted = picked.astype(jnp.float32) * weights[..., None]
-    return functools.reduce(jnp.add, jnp.unstack(weighted, axis=1))
+
+    def choice(place, weights):
+        # Clipped and masked, one by one: what `mode="fill"` fills, or which of all choices exist,
+        # a GPU would find out in a launch of its own.
+        picked = rows.at[place].get(mode="clip")  # [T, D]
+        picked = jnp.where((place < len(rows))[:, None], picked, jnp.zeros_like(picked))
+        return picked.astype(jnp.float32) * weights[:, None]
+
+    choices = map(choice, jnp.unstack(place, axis=1), jnp.unstack(weights, axis=1))
+    return functools.reduce(jnp.add, choices)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_eplb.kernels import by_row_blocks
+from jax_eplb.kernels import logits
 from jax_eplb.moe.config import MoEConfig
 from jax_eplb.moe.exchange import exchange
 from jax_eplb.moe.feed_forward import (
@@ -66,17 +66,13 @@ def moe_forward(
     tokens; the shared expert's, too.
     """
 
-    # The router decides by small differences: float32, whatever the activations are, and not the
-    # TF32 that a GPU would make of it.
-    def logits_of(rows):
-        logits = jnp.matmul(rows.astype(jnp.float32), params.router, precision="highest")
-        return logits if params.router_bias is None else logits + params.router_bias[None]
-
-    logits = by_row_blocks(logits_of, tokens)
+    router_logits = logits(tokens, params.router)
+    if params.router_bias is not None:
+        router_logits = router_logits + params.router_bias[None]
     ranks = config.ranks(axis_name)
     one_slot_each = config.num_slots == config.num_experts
     routes, found = route_and_sort(
-        logits,
+        router_logits,
         mask,
         config.experts_per_token,
         config.router,
@@ -107,7 +103,7 @@ def moe_forward(
         combined = jax.lax.psum(combined, tensor_axis)
         # The same on all of them: their mean. (A maximum has no derivative rule.)
         rank_tokens = jax.lax.psum(rank_tokens, tensor_axis) // jax.lax.axis_size(tensor_axis)
-    return MoEOutput(combined.astype(tokens.dtype), expert_tokens, rank_tokens, logits)
+    return MoEOutput(combined.astype(tokens.dtype), expert_tokens, rank_tokens, router_logits)
 
 
 def _flat(experts: ExpertWeights) -> ExpertWeights:

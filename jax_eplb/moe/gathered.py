@@ -66,7 +66,7 @@ class Gathered:
     def send_tokens(self, wave: GatheredWave, rows: Num[Array, "T *width"]):
         """The row of each choice that this rank serves, in the order of its slots."""
         everyone = self._all_gather(self._window(rows, wave.first_token))
-        return take_rows(everyone, wave.order // self.order.place.shape[1])
+        return take_rows(everyone, wave.order, self.order.place.shape[1])
 
     def send_choices(self, wave: GatheredWave, values: Num[Array, "T K"]) -> Num[Array, "M"]:
         """As `send_tokens`, one value for each choice."""

@@ -97,9 +97,7 @@ class Waves:
 
     def send_tokens(self, wave: Wave, rows: Num[Array, "T *width"]) -> Num[Array, "M *width"]:
         """Each choice's row to the rank that holds its slot, in the order of the slots there."""
-        choices_per_token = self.order.place.shape[1]
-        token = jnp.minimum(wave.choice // choices_per_token, len(rows) - 1)
-        return self._send(wave, take_rows(rows, token))
+        return self._send(wave, take_rows(rows, wave.choice, self.order.place.shape[1]))
 
     def send_choices(self, wave: Wave, values: Num[Array, "T K"]) -> Num[Array, "M"]:
         """As `send_tokens`, one value for each choice."""

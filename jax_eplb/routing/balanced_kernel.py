@@ -17,7 +17,15 @@ from jaxtyping import Array, Int
 
 from jax_eplb.kernels.top_k_sort_kernels import power_of_two
 from jax_eplb.kernels.varying import equally_varying
-from jax_eplb.routing.leveling import NodeSupply, Supply, describe, own_share, whole_quota
+from jax_eplb.routing.leveling import (
+    NodeSupply,
+    Replicas,
+    Supply,
+    describe,
+    own_share,
+    total,
+    whole_quota,
+)
 from jax_eplb.routing.ranks import Ranks
 from jax_eplb.tables import PlacementTables
 
@@ -86,7 +94,10 @@ def _kernel(
     alone = -1 - lax.iota(jnp.int32, num_places)
     expert = jnp.where(used, _load(expert_ref, slot, used), alone)
     rank_of_slot = jnp.where(used, lax.div(slot, jnp.int32(per_rank)), alone)
-    place = lax.broadcasted_iota(jnp.int32, (num_places, power_of_two(per_rank)), 1)
+    # At least as wide as the threads that share a row of `leveling`: then rows of both are laid out
+    # alike.
+    width = power_of_two(max(per_rank, num_places // 4))
+    place = lax.broadcasted_iota(jnp.int32, (num_places, width), 1)
     beside = rank_of_slot[:, None] * per_rank + place  # the slots of the same rank, [J, N]
     is_beside = used[:, None] & (place < per_rank)
     expert_beside = _load(expert_ref, beside, is_beside)
@@ -104,7 +115,7 @@ def _kernel(
     tokens, before, near_before = (_load_row(sums_ref, row, expert, used) for row in range(3))
     fixed = _load_row(sums_ref, 0, expert_beside, is_single).sum(axis=1, dtype=jnp.int32)
     mean = sums[0].sum(dtype=jnp.int32).astype(jnp.float32) / num_ranks
-    replicas = describe(expert, rank_of_slot)
+    replicas = _laid_out_like(leveling, describe(expert, rank_of_slot))
     quota = whole_quota(tokens, fixed, mean, leveling, replicas)
 
     near = None
@@ -123,6 +134,24 @@ def _kernel(
     its_expert = _load(expert_ref, every, exists)
     exists = exists & (_load(replicas_ref, its_expert, exists) == 1)
     plgpu.store(share_ref.at[every], _load_row(counts_ref, rank, its_expert, exists), mask=exists)
+
+
+def _laid_out_like(loaded, replicas: Replicas) -> Replicas:
+    """The same, but a row of the masks is one warp's, as a row of what was loaded is.
+
+    Triton spreads a row that it computes over two warps, and each sum over rows then takes two to
+    six times as many barriers. The layout of a load spreads to what is computed from it.
+    """
+
+    def laid_out(mask):
+        return jnp.where(jnp.isnan(loaded), 0, mask)  # no number is NaN
+
+    same_expert = laid_out(replicas.same_expert)
+    return replicas._replace(
+        same_expert=same_expert,
+        same_rank=laid_out(replicas.same_rank),
+        count=total(same_expert, jnp.ones_like(replicas.index)),
+    )
 
 
 def _add_up(counts_ref, rank, per_node):
