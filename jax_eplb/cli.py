@@ -167,7 +167,10 @@ def _add_balancer_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--events", type=Path, metavar="JSONL", help="write every update there")
     group.add_argument(
-        "--prometheus-port", type=positive, metavar="PORT", help="serve counters and gauges there"
+        "--prometheus-port",
+        type=whole,
+        metavar="PORT",
+        help="serve counters and gauges there; 0: any that is free",
     )
 
 

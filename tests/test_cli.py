@@ -37,6 +37,8 @@ def test_each_command_explains_itself(capsys, command):
         (["run", "--record-iters", "9-9"], "'9-9' is empty; the end is not included"),
         (["run", "--warmup", "-1"], "'-1' is not an integer of 0 or more"),
         (["demo", "--batches", "0"], "'0' is not an integer of 1 or more"),
+        (["demo", "--online", "--iterations", "0"], "'0' is not an integer of 1 or more"),
+        (["run", "--window-size", "0"], "'0' is not an integer of 1 or more"),
         (["demo", "--colour"], "unrecognized arguments: --colour"),
     ],
 )
@@ -47,9 +49,9 @@ def test_a_wrong_option_ends_with_code_2_and_says_which(capsys, arguments, messa
     assert message in capsys.readouterr().err
 
 
-def test_the_demos_defaults_are_eight_devices_and_eighty_slots():
+def test_the_demos_default_is_eight_devices():
     arguments = build_parser().parse_args(["demo"])
-    assert (arguments.ep_size, arguments.num_slots) == (8, 80)
+    assert (arguments.ep_size, arguments.num_slots, arguments.online) == (8, None, False)
 
 
 def not_an_archive(path):

@@ -12,6 +12,7 @@ from jax_eplb.plot import (
     _relative,
     _tokens_per_rank,
     plot_before_after,
+    plot_over_time,
     plot_recording,
 )
 
@@ -118,3 +119,11 @@ def test_empty_iterations_are_masked_and_the_scale_is_bounded():
     assert relative[1].tolist() == [1.5, 0.5]
     assert _limit(_relative(np.zeros((2, 2)))) == 1.1
     assert _limit(_relative(np.eye(100) * 9)) == 16
+
+
+def test_imbalances_over_time_become_a_picture(tmp_path):
+    values = np.linspace(0.5, 0.1, 50)
+    series = {"static": values, "online": values / 2, "oracle": values / 3}
+    path = plot_over_time(tmp_path / "time.png", series, change=25, updates=[3, 30])
+    assert len(np.unique(matplotlib.image.imread(path)[..., :3].reshape(-1, 3), axis=0)) > 10
+    plot_over_time(tmp_path / "short.png", {"one": np.zeros(1)})

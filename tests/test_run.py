@@ -33,6 +33,7 @@ def folder(tmp_path_factory):
     (folder / "requests.jsonl").write_text("\n".join(map(json.dumps, REQUESTS)) + "\n")
     placement = Placement.default(num_experts=16, num_slots=32, num_ranks=4, layer_ids=(1, 2))
     save_placement(placement, folder / "plan.yaml")
+    save_placement(placement, folder / "online.yaml", layer_updates_per_iter=2)
     return folder
 
 
@@ -106,6 +107,39 @@ def test_warming_up_is_neither_recorded_nor_measured(capsys, folder):
     assert warmed["throughput"]["iterations"] == plain["throughput"]["iterations"]
 
 
+def test_a_file_with_layer_updates_is_balanced_while_it_serves(capsys, folder, tmp_path):
+    texts = []
+    lines = "\n".join(map(json.dumps, REQUESTS * 4)) + "\n"
+    (tmp_path / "many.jsonl").write_text(lines)
+    many = ["--dataset", tmp_path / "many.jsonl"]
+    for name in ("plan", "online"):
+        path = tmp_path / f"{name}.jsonl"
+        options = ["--load-balancer", folder / f"{name}.yaml", "--output", path, "--json"]
+        # Of the options that only one that follows the load has, those that are known.
+        if name == "online":
+            options += ["--replica-choice", "even", "--events", tmp_path / "new" / "events.jsonl"]
+            options += ["--balancer-warmup", 2, "--step-interval", 1]
+        figures = json.loads(succeed(capsys, *arguments(folder), *many, *options))
+        texts.append(path.read_text())
+    assert texts[0] == texts[1]
+    did = figures["balancer"]
+    events = written(tmp_path / "new" / "events.jsonl")
+    assert did["updates"] == len(events) > 0
+    assert did["moved_slots"] == sum(event["moves"] for event in events)
+    assert did["moved_bytes"] == sum(event["bytes"] for event in events)
+    assert min(event["decided_at"] for event in events) == 3
+    assert 0 <= did["stall_ms_p50"] <= did["stall_ms_p99"]
+    assert did["failures"] == 0
+    # A static file says nothing of a balancer.
+    assert "balancer" not in json.loads(succeed(capsys, *arguments(folder), "--json"))
+
+
+@pytest.mark.slow
+def test_the_balancers_counters_are_served(capsys, folder):
+    options = ["--load-balancer", folder / "online.yaml", "--prometheus-port", 0]
+    assert " updates of a layer moved " in succeed(capsys, *arguments(folder), *options)
+
+
 @pytest.mark.slow
 def test_the_temperature_samples_and_small_waves_do_not(capsys, folder, tmp_path):
     texts = []
@@ -149,6 +183,9 @@ def test_the_choice_of_replicas_moves_load_between_ranks_and_changes_no_token(
         (["--model", "none.yaml"], "none.yaml: cannot be read"),
         (["--moe-max-num-tokens", 3], "moe_max_num_tokens is 3"),
         (["--record-iters", "90-100"], "those from 90 to 100 were to be kept"),
+        (["--load-balancer", "plan.yaml", "--horizon", 9], "--horizon is for a placement that fol"),
+        (["--events", "events.jsonl"], "--events is for a placement that follows the load; give a"),
+        (["--load-balancer", "online.yaml", "--change-factor", 2], "give window_size, too"),
     ],
 )
 def test_what_cannot_run_is_refused_in_a_line(capsys, monkeypatch, folder, options, message):

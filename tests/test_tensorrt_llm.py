@@ -7,7 +7,12 @@ import pytest
 import yaml
 from hypothesis import given, settings
 
-from jax_eplb.formats.tensorrt_llm import load_placement, placement_to_dict, save_placement
+from jax_eplb.formats.tensorrt_llm import (
+    load_layer_updates,
+    load_placement,
+    placement_to_dict,
+    save_placement,
+)
 from jax_eplb.placement import Placement
 from jax_eplb.tables import max_replicas
 
@@ -225,3 +230,13 @@ def test_a_placement_with_wrong_updates_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="layer_updates_per_iter is -1"):
         save_placement(placement, tmp_path / "a.yaml", layer_updates_per_iter=-1)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_layers_to_update_are_read_by_themselves(tmp_path):
+    placement = Placement.default(num_experts=4, num_ranks=2)
+    save_placement(placement, tmp_path / "a.yaml", layer_updates_per_iter=3)
+    assert load_layer_updates(tmp_path / "a.yaml") == 3
+    assert load_layer_updates({"num_slots": 4}) == 0
+    (tmp_path / "b.yaml").write_text("num_slots: 4\nlayer_updates_per_iter: two\n")
+    with pytest.raises(ValueError, match=r"b.yaml: layer_updates_per_iter is 'two'; expected"):
+        load_layer_updates(tmp_path / "b.yaml")

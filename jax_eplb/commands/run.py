@@ -133,7 +133,8 @@ def _balancer(arguments: argparse.Namespace) -> BalancerConfig | None:
             warm_up_iterations=arguments.balancer_warmup,
             **given,
         )
-    for name in (*given, *(n for n in ("events", "prometheus_port") if getattr(arguments, n))):
+    listening = [n for n in ("events", "prometheus_port") if getattr(arguments, n) is not None]
+    for name in (*given, *listening):
         raise ValueError(
             f"--{name.replace('_', '-')} is for a placement that follows the load; give a "
             "--load-balancer file with layer_updates_per_iter above 0"

@@ -6,7 +6,7 @@
 
 Everything happens at iteration numbers that are fixed beforehand, so that several processes that
 run this do the same: what the counts up to iteration t lead to is handed over before iteration
-t + 1 + `planning_iterations` and in force one iteration later.
+t + 1 + `planning_iterations` and in force `moving_iterations` later.
 
 Axes: L layers, K layers of a look, E experts, S slots, P ranks.
 """
@@ -79,13 +79,15 @@ class _Update(NamedTuple):
 class _Outcome(NamedTuple):
     """What one iteration's counts led to."""
 
-    update: _Update | None
-    error: Exception | None
+    update: _Update | None = None
+    error: Exception | None = None
+    stage: str = ""  # that failed
 
 
 class _InFlight(NamedTuple):
     """Weights and tables on their way."""
 
+    due: int  # the iteration that they are in force from
     update: _Update
     staged: list[Staged]
     tables: PlacementTables
@@ -130,7 +132,7 @@ class Balancer:
         self._banks: Banks | None = None
         self._due: collections.deque = collections.deque()  # (iteration, epoch, future)
         self._epoch = 0  # of the placement that plans start from; a failure begins another
-        self._in_flight: _InFlight | None = None
+        self._in_flight: collections.deque[_InFlight] = collections.deque()
         self._error: Exception | None = None
         self._stalls: collections.deque[float] = collections.deque(maxlen=_STALLS_KEPT)
         self._held = 0.0
@@ -191,14 +193,14 @@ class Balancer:
         """
         begun = time.perf_counter()
         self._raise_error()
-        flight, self._in_flight = self._in_flight, None
-        if flight is not None:
-            params, tables = self._flip(flight, params, tables)
-        while self._due and self._due[0][0] <= self.iteration and self._in_flight is None:
+        while self._in_flight and self._in_flight[0].due <= self.iteration:
+            params, tables = self._flip(params, tables)
+        while self._due and self._due[0][0] <= self.iteration:
             due, epoch, future = self._due.popleft()
             outcome = future.result()
             if epoch == self._epoch:
-                self._take(due - self.config.planning_iterations, outcome, params, tables)
+                iterations = due - self.config.planning_iterations
+                params, tables = self._take(iterations, outcome, params, tables)
         self._held += time.perf_counter() - begun
         return params, tables
 
@@ -247,9 +249,9 @@ class Balancer:
 
     # On the serving thread.
 
-    def _flip(
-        self, flight: _InFlight, params: Any, tables: PlacementTables
-    ) -> tuple[Any, PlacementTables]:
+    def _flip(self, params: Any, tables: PlacementTables) -> tuple[Any, PlacementTables]:
+        """Put in force what has been on its way longest."""
+        flight = self._in_flight.popleft()
         decision = flight.update.decision
         old = params
         try:
@@ -276,10 +278,12 @@ class Balancer:
 
     def _take(
         self, iterations: int, outcome: _Outcome, params: Any, tables: PlacementTables
-    ) -> None:
+    ) -> tuple[Any, PlacementTables]:
         """What was decided after so many iterations goes on its way, if all processes agree."""
         update = outcome.update
         wanted = self._table.copy()
+        for flight in self._in_flight:
+            wanted[flight.update.decision.layers] = flight.update.decision.rows
         if outcome.error is not None:
             wanted[:] = -1  # so that processes where nothing failed stop, too
         elif update is not None:
@@ -290,14 +294,20 @@ class Balancer:
             except DigestMismatch as error:
                 self._fail("agreement", (), error)
                 self._error = error
-                return
+                return params, tables
         if outcome.error is not None:
-            self._fail("planning", (), outcome.error, told=True)
+            self._fail(outcome.stage, (), outcome.error, told=True)
         elif update is not None:
-            try:
-                self._stage(update, params, tables)
-            except Exception as error:
-                self._fail("staging", update.decision.layers, error)
+            # Rows are read from slots as they will be: what comes before in a layer goes first.
+            epoch, layers = self._epoch, update.decision.layers
+            while any(np.isin(f.update.decision.layers, layers).any() for f in self._in_flight):
+                params, tables = self._flip(params, tables)
+            if epoch == self._epoch:
+                try:
+                    self._stage(update, params, tables)
+                except Exception as error:
+                    self._fail("staging", layers, error)
+        return params, tables
 
     def _stage(self, update: _Update, params: Any, tables: PlacementTables) -> None:
         begun = time.perf_counter()
@@ -305,11 +315,13 @@ class Balancer:
             raise ValueError("the balancer is not prepared: call prepare(params) first")
         staged = [stage_moves(params, part, banks=self._banks) for part in update.moves]
         layers = update.decision.layers
-        host = PlacementTables(*(table.copy() for table in self._host_tables))
+        before = self._in_flight[-1].host_tables if self._in_flight else self._host_tables
+        host = PlacementTables(*(table.copy() for table in before))
         for table, rows in zip(host, update.tables, strict=True):
             table[layers] = rows
         placed = jax.tree.map(_place_like, host, tables)
-        self._in_flight = _InFlight(update, staged, placed, host, begun)
+        due = self.iteration + self.config.moving_iterations
+        self._in_flight.append(_InFlight(due, update, staged, placed, host, begun))
 
     def _fail(self, stage: str, layers, error: Exception, told: bool = False) -> None:
         """Tell of it, and plan from the placement that stays in force."""
@@ -327,7 +339,7 @@ class Balancer:
     def _start_anew(self, table: np.ndarray) -> None:
         """Drop what was decided and is not in force; the worker plans from `table`."""
         self._epoch += 1
-        self._in_flight = None
+        self._in_flight.clear()
         if self._host_tables is not None and table is not self._table:
             with self._planning_device():
                 self._host_tables = self._derive(table)
@@ -350,11 +362,11 @@ class Balancer:
             self._hear(iteration, by_rank)
             stage, begun = "planning", time.perf_counter()
             with self._planning_device():
-                return _Outcome(self._decide(iteration, begun), None)
+                return _Outcome(self._decide(iteration, begun))
         except Exception as error:
             self._pass_over(iteration)
             self._tell(self._failure(iteration, stage, (), error))
-            return _Outcome(None, error)
+            return _Outcome(error=error, stage=stage)
 
     def _hear(self, iteration: int, by_rank: np.ndarray) -> None:
         imbalance = tuple(float(x) for x in metrics.imbalance(by_rank))
@@ -395,7 +407,10 @@ class Balancer:
         filled = np.resize(decision.rows, (self._count, decision.rows.shape[1]))
         tables = PlacementTables(*(table[: layers.size] for table in self._derive(filled)))
         seconds = time.perf_counter() - begun
-        step = decision.iteration + 1 + self.config.planning_iterations
+        config = self.config
+        leaves = decision.iteration + config.planning_iterations
+        step = leaves + config.moving_iterations
+        self._effects.hasten(layers.tolist(), leaves)
         for i, layer in enumerate(layers):
             update = LayerUpdate(
                 step=step,

@@ -37,9 +37,10 @@ class BalancerConfig:
     # What a token on a rank takes in one layer, and how fast weights move; None: measured.
     seconds_per_token: float | None = None
     bytes_per_second: float | None = None
-    # Between the last iteration that a plan may know of and the first that may run with it lie so
-    # many, and one more in which the weights travel. A worker that needs longer is waited for.
+    # So many iterations lie between the last that a plan knows of and the dispatch of its moves,
+    # and it is in force so many later. Who needs longer is waited for.
     planning_iterations: int = 2
+    moving_iterations: int = 2
     # Whether a failure ends the run. If not it is logged, and the old placement serves on.
     stop_on_failure: bool = True
 
@@ -49,6 +50,7 @@ class BalancerConfig:
             ("warm_up_iterations", 0),
             ("step_interval", 1),
             ("planning_iterations", 0),
+            ("moving_iterations", 1),
         ):
             self._check_whole(name, least)
         for name in ("window_size", "max_moves", "horizon"):

@@ -5,7 +5,7 @@ Axes: L layers, P ranks.
 
 import collections
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 
@@ -28,6 +28,17 @@ class Effects:
     def expect(self, position: int, update: LayerUpdate) -> None:
         """An update that comes into force with the iteration `update.step`."""
         self._coming.append((position, update))
+
+    def hasten(self, positions: Collection[int], step: int) -> None:
+        """A further update of these layers leaves at `step`: what comes before it is in force then.
+
+        So is what comes before that, as updates come into force one after the other.
+        """
+        late = [u.decided_at for p, u in self._coming if p in positions and u.step > step]
+        for i, (position, update) in enumerate(self._coming):
+            if update.decided_at <= max(late, default=-1):
+                hastened = dataclasses.replace(update, step=min(update.step, step))
+                self._coming[i] = position, hastened
 
     def forget(self) -> None:
         """The updates that are still to come will not."""
