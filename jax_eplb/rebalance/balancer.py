@@ -8,87 +8,49 @@ Everything happens at iteration numbers that are fixed beforehand, so that sever
 run this do the same: what the counts up to iteration t lead to is handed over before iteration
 t + 1 + `planning_iterations` and in force `moving_iterations` later.
 
-Axes: L layers, K layers of a look, E experts, S slots, P ranks.
+Axes: L layers, E experts, P ranks.
 """
 
 import collections
 import concurrent.futures
-import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jax_eplb import metrics
 from jax_eplb.moving import (
     Banks,
-    Moves,
     RebalanceError,
     Staged,
     apply_moves,
     find_banks,
-    find_moves,
     prepare_moves,
     stage_moves,
 )
 from jax_eplb.placement import Placement
 from jax_eplb.rebalance.config import BalancerConfig
-from jax_eplb.rebalance.decide import Decision, Served, decide, prepare_decisions
+from jax_eplb.rebalance.decide import Served
 from jax_eplb.rebalance.digest import Gather, check_agreement, from_first_process
-from jax_eplb.rebalance.effect import Effects
 from jax_eplb.rebalance.errors import BalancerError, DigestMismatch
-from jax_eplb.rebalance.events import (
-    Failure,
-    LayerUpdate,
-    Listener,
-    Look,
-    Stall,
-    StepSeen,
-    log_event,
-)
+from jax_eplb.rebalance.events import Event, Listener, Stall, log_event
 from jax_eplb.rebalance.measure import bytes_of_slot, measure_bytes_per_second
-from jax_eplb.rebalance.parts import in_parts
-from jax_eplb.rebalance.state import (
-    BalancerState,
-    choose_layers,
-    initial_state,
-    looks_after,
-    observe,
-)
+from jax_eplb.rebalance.state import BalancerState, looks_after
+from jax_eplb.rebalance.worker import SLOTS_AT_ONCE, Outcome, Update, Worker, failure
 from jax_eplb.rebalance.worth import Costs
-from jax_eplb.tables import PlacementTables, derive_tables
+from jax_eplb.tables import PlacementTables
 
-# Rows of a rank that one program moves. More are moved by several, since each size is compiled.
-SLOTS_AT_ONCE = 4
 _STALLS_KEPT = 100_000
-
-
-class _Update(NamedTuple):
-    """What the worker made of a decision."""
-
-    decision: Decision
-    moves: list[Moves]  # in parts
-    tables: PlacementTables  # numpy, of the layers that change
-    seconds: float
-
-
-class _Outcome(NamedTuple):
-    """What one iteration's counts led to."""
-
-    update: _Update | None = None
-    error: Exception | None = None
-    stage: str = ""  # that failed
 
 
 class _InFlight(NamedTuple):
     """Weights and tables on their way."""
 
     due: int  # the iteration that they are in force from
-    update: _Update
+    update: Update
     staged: list[Staged]
     tables: PlacementTables
     host_tables: PlacementTables
@@ -117,17 +79,13 @@ class Balancer:
         self.served = Served(placement.num_experts, placement.num_ranks, placement.layer_ids, split)
         self.iteration = 0  # the next one
         self.moved_slots = self.moved_bytes = self.updates = self.failures = 0
-        self.costs: Costs | None = None
-        self._listeners = (log_event, *listeners)
-        self._ranks_per_node, self._gather = ranks_per_node, gather
-        self._telling = threading.Lock()
-        self._worker = concurrent.futures.ThreadPoolExecutor(1, "jax_eplb-balancer")
-        self._device = _cpu()
-        # The worker's own.
-        self._state = initial_state(placement, config)
-        self._effects = Effects(placement.num_layers)
-        # The serving thread's own.
-        self._table = self._state.table  # in force
+        self._listeners, self._telling = (log_event, *listeners), threading.Lock()
+        self._gather = gather
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "jax_eplb-balancer")
+        self._worker = Worker(
+            placement, config, self.served, ranks_per_node=ranks_per_node, tell=self._tell
+        )
+        self._table = self._worker.state.table  # in force
         self._host_tables: Any = None
         self._banks: Banks | None = None
         self._due: collections.deque = collections.deque()  # (iteration, epoch, future)
@@ -136,12 +94,16 @@ class Balancer:
         self._error: Exception | None = None
         self._stalls: collections.deque[float] = collections.deque(maxlen=_STALLS_KEPT)
         self._held = 0.0
-        self._flights: dict[int, float] = {}  # seconds, by the iteration decided at
 
     @property
     def state(self) -> BalancerState:
         """Of all counts handed over so far; waits until they have been read."""
-        return self._worker.submit(lambda: self._state).result()
+        return self._thread.submit(lambda: self._worker.state).result()
+
+    @property
+    def costs(self) -> Costs | None:
+        """What moves are weighed by; None before `prepare`."""
+        return self._worker.costs
 
     @property
     def stalls(self) -> np.ndarray:
@@ -177,11 +139,9 @@ class Balancer:
         speed = config.bytes_per_second or measure_bytes_per_second(params, banks)
         size = bytes_of_slot(params, banks)
         measured = from_first_process(np.array([per_token or 0.0, speed]))
-        self.costs = Costs(float(measured[0]), float(measured[1]), size)
-        with self._planning_device():
-            prepare_decisions(self._state, config, self.served)
-            self._host_tables = self._derive(self._table)
-            self._derive(self._table[np.zeros(self._count, int)])
+        costs = Costs(float(measured[0]), float(measured[1]), size)
+        self._thread.submit(self._worker.prepare, costs).result()
+        self._host_tables = self._worker.derive(self._table)
 
     def between_steps(self, params: Any, tables: PlacementTables) -> tuple[Any, PlacementTables]:
         """Before an iteration: put in force what is on its way, and send what was decided.
@@ -211,7 +171,7 @@ class Balancer:
         hold parts of must come replicated.
         """
         begun = time.perf_counter()
-        work = self._worker.submit(self._work, self.iteration, expert_tokens, rank_tokens)
+        work = self._thread.submit(self._worker.work, self.iteration, expert_tokens, rank_tokens)
         due = self.iteration + 1 + self.config.planning_iterations
         self._due.append((due, self._epoch, work))
         self._held += time.perf_counter() - begun
@@ -239,15 +199,12 @@ class Balancer:
 
         Raises the error of a failure that nothing has raised yet.
         """
-        for update in self._worker.submit(lambda: list(self._effects.close())).result():
-            self._tell(self._with_flight(update))
+        self._thread.submit(self._worker.close_effects).result()
         self._raise_error()
 
     def close(self) -> None:
         """End the worker. What is on its way does not come into force."""
-        self._worker.shutdown()
-
-    # On the serving thread.
+        self._thread.shutdown()
 
     def _flip(self, params: Any, tables: PlacementTables) -> tuple[Any, PlacementTables]:
         """Put in force what has been on its way longest."""
@@ -270,14 +227,15 @@ class Balancer:
         self._table[decision.layers] = decision.rows
         self._host_tables = flight.host_tables
         self.placement = dataclasses.replace(self.placement, slot_to_expert=flight.tables[0])
-        self._flights[decision.iteration] = time.perf_counter() - flight.begun
-        self.moved_slots += int(decision.moves.sum())
-        self.moved_bytes += int(decision.moves.sum()) * self._slot_bytes
+        self._worker.note_flight(decision.iteration, time.perf_counter() - flight.begun)
+        moved, costs = int(decision.moves.sum()), self._worker.costs
+        self.moved_slots += moved
+        self.moved_bytes += moved * (0 if costs is None else costs.bytes_per_slot)
         self.updates += decision.layers.size
         return params, flight.tables
 
     def _take(
-        self, iterations: int, outcome: _Outcome, params: Any, tables: PlacementTables
+        self, iterations: int, outcome: Outcome, params: Any, tables: PlacementTables
     ) -> tuple[Any, PlacementTables]:
         """What was decided after so many iterations goes on its way, if all processes agree."""
         update = outcome.update
@@ -309,7 +267,7 @@ class Balancer:
                     self._fail("staging", layers, error)
         return params, tables
 
-    def _stage(self, update: _Update, params: Any, tables: PlacementTables) -> None:
+    def _stage(self, update: Update, params: Any, tables: PlacementTables) -> None:
         begun = time.perf_counter()
         if self._banks is None:
             raise ValueError("the balancer is not prepared: call prepare(params) first")
@@ -327,7 +285,7 @@ class Balancer:
         """Tell of it, and plan from the placement that stays in force."""
         self.failures += 1
         if not told:
-            self._tell(self._failure(self.iteration, stage, layers, error))
+            self._tell(failure(self.served, self.iteration, stage, layers, error))
         if self.config.stop_on_failure:
             self._error = BalancerError(
                 f"iteration {self.iteration}: {stage} failed: {type(error).__name__}: {error}. "
@@ -341,158 +299,19 @@ class Balancer:
         self._epoch += 1
         self._in_flight.clear()
         if self._host_tables is not None and table is not self._table:
-            with self._planning_device():
-                self._host_tables = self._derive(table)
+            self._host_tables = self._worker.derive(table)
         self._table = table
-        self._worker.submit(self._restart, table)
+        self._thread.submit(self._worker.restart, table)
 
     def _raise_error(self) -> None:
         error, self._error = self._error, None
         if error is not None:
             raise error
 
-    # On the worker.
-
-    def _work(self, iteration: int, expert_tokens: Any, rank_tokens: Any) -> _Outcome:
-        begun, stage = time.perf_counter(), "counts"
-        try:
-            counts = _read(expert_tokens).sum(axis=0)
-            by_rank = _read(rank_tokens).T
-            self._state = observe(self._state, counts, by_rank, self.config, self.served.layer_ids)
-            self._hear(iteration, by_rank)
-            stage, begun = "planning", time.perf_counter()
-            with self._planning_device():
-                return _Outcome(self._decide(iteration, begun))
-        except Exception as error:
-            self._pass_over(iteration)
-            self._tell(self._failure(iteration, stage, (), error))
-            return _Outcome(error=error, stage=stage)
-
-    def _hear(self, iteration: int, by_rank: np.ndarray) -> None:
-        imbalance = tuple(float(x) for x in metrics.imbalance(by_rank))
-        self._tell(StepSeen(iteration, imbalance, self.served.layer_ids, int(by_rank.sum())))
-        for update in self._effects.measure(iteration, by_rank):
-            self._tell(self._with_flight(update))
-
-    def _decide(self, iteration: int, begun: float) -> _Update | None:
-        old = self._state.table
-        self._state, decision = decide(self._state, self.config, self.served, self.costs)
-        if decision is None:
-            return None
-        update = None
-        if decision.layers.size:
-            update = self._prepare_update(decision, old, begun)
-        ids = self.served.layer_ids
-        self._tell(
-            Look(
-                iteration,
-                tuple(ids[i] for i in decision.looked_at),
-                tuple(ids[i] for i in decision.layers),
-                time.perf_counter() - begun,
-            )
-        )
-        return update
-
-    def _prepare_update(self, decision: Decision, old: np.ndarray, begun: float) -> _Update:
-        layers, num_ranks = decision.layers, self.served.num_ranks
-        moves = find_moves(
-            old[layers],
-            decision.rows,
-            num_ranks=num_ranks,
-            num_experts=self.served.num_experts,
-            ranks_per_node=self._ranks_per_node,
-        )
-        moves = moves._replace(layer=layers[moves.layer].astype(np.int32))
-        per_rank = self.placement.slots_per_rank
-        filled = np.resize(decision.rows, (self._count, decision.rows.shape[1]))
-        tables = PlacementTables(*(table[: layers.size] for table in self._derive(filled)))
-        seconds = time.perf_counter() - begun
-        config = self.config
-        leaves = decision.iteration + config.planning_iterations
-        step = leaves + config.moving_iterations
-        self._effects.hasten(layers.tolist(), leaves)
-        for i, layer in enumerate(layers):
-            update = LayerUpdate(
-                step=step,
-                decided_at=decision.iteration,
-                layer=self.served.layer_ids[layer],
-                moves=int(decision.moves[i]),
-                bytes=int(decision.moves[i]) * self._slot_bytes,
-                imbalance_before=None,
-                imbalance_after=None,
-                planned_before=float(decision.imbalance_before[i]),
-                imbalance_expected=float(decision.imbalance_expected[i]),
-                seconds_saved=float(decision.seconds_saved[i]),
-                seconds_to_move=float(decision.seconds_to_move[i]),
-                seconds_to_plan=seconds,
-                seconds_in_flight=0.0,
-            )
-            self._effects.expect(int(layer), update)
-        return _Update(decision, in_parts(moves, per_rank, SLOTS_AT_ONCE), tables, seconds)
-
-    def _pass_over(self, iteration: int) -> None:
-        """Go on after a failure: with the load as it was before, and the next layers."""
-        self._state = self._state._replace(iteration=iteration + 1)
-        if looks_after(iteration + 1, self.config):
-            _, self._state = choose_layers(self._state, self.config)
-
-    def _restart(self, table: np.ndarray) -> None:
-        self._state = self._state._replace(table=table)
-        self._effects.forget()
-
-    # On both.
-
-    @property
-    def _count(self) -> int:
-        """K, or L where there are fewer layers."""
-        return min(self.config.layer_updates_per_iter, self.placement.num_layers)
-
-    @property
-    def _slot_bytes(self) -> int:
-        return 0 if self.costs is None else self.costs.bytes_per_slot
-
-    def _derive(self, table: np.ndarray) -> PlacementTables:
-        """The tables of some layers' placements, in numpy."""
-        derived = derive_tables(
-            table,
-            num_experts=self.served.num_experts,
-            num_ranks=self.served.num_ranks,
-            max_replicas=self.placement.max_replicas,
-            with_leveling=self.served.split == "balanced",
-        )
-        return jax.tree.map(np.asarray, derived)
-
-    @contextlib.contextmanager
-    def _planning_device(self) -> Iterator[None]:
-        """Plans run on the CPU where there is one: not between the steps of an accelerator."""
-        with jax.default_device(self._device):
-            yield
-
-    def _with_flight(self, update: LayerUpdate) -> LayerUpdate:
-        return dataclasses.replace(
-            update, seconds_in_flight=self._flights.get(update.decided_at, 0.0)
-        )
-
-    def _failure(self, step: int, stage: str, layers, error: Exception) -> Failure:
-        ids = tuple(self.served.layer_ids[i] for i in layers)
-        return Failure(step, stage, ids, f"{type(error).__name__}: {error}")
-
-    def _tell(self, event) -> None:
+    def _tell(self, event: Event) -> None:
         with self._telling:
             for listener in self._listeners:
                 listener(event)
-
-
-def _read(array: Any) -> np.ndarray:
-    """The array on the host, once it is computed."""
-    if isinstance(array, jax.Array) and not (
-        array.is_fully_addressable or array.is_fully_replicated
-    ):
-        raise ValueError(
-            f"counts of shape {array.shape} are spread over processes ({array.sharding}); let the "
-            "step return them replicated"
-        )
-    return np.asarray(array)
 
 
 def _place_like(host: np.ndarray, array: jax.Array) -> jax.Array:
@@ -501,10 +320,3 @@ def _place_like(host: np.ndarray, array: jax.Array) -> jax.Array:
         return jax.device_put(host, array.sharding)
     # `device_put` would compare it across processes, which waits for them.
     return jax.make_array_from_callback(host.shape, array.sharding, lambda index: host[index])
-
-
-def _cpu() -> Any:
-    try:
-        return jax.local_devices(backend="cpu")[-1]
-    except RuntimeError:
-        return None  # JAX was told to leave the CPU out
