@@ -25,9 +25,9 @@ from jax_eplb.commands.demo_online import (
 from jax_eplb.commands.run import activation_dtype
 from jax_eplb.mesh import expert_mesh, simulate_devices
 from jax_eplb.models.weights import load_decoder
+from jax_eplb.online import Balancer, BalancerConfig
 from jax_eplb.placement import Placement
 from jax_eplb.planner import plan
-from jax_eplb.rebalance import Balancer, BalancerConfig
 from jax_eplb.serving import Engine, ServingConfig
 
 WAYS = ("none", "watching", "updates")

@@ -13,7 +13,7 @@ from jax_eplb.commands.inputs import (
     whole,
 )
 from jax_eplb.commands.plan_options import add_plan_options
-from jax_eplb.rebalance import BalancerError
+from jax_eplb.online import BalancerError
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from jax_eplb import Placement
 from jax_eplb.routing import Ranks
 from jax_eplb.tables import PlacementTables
+from tests.light_compile import light_compile
 from tests.placement_cases import random_table, seeds
 
 # (E, S, P, ranks per node). Few, as each shape compiles anew. Among them: one rank, no spare
@@ -40,7 +41,8 @@ class Batch(NamedTuple):
         placement = Placement.from_slots(
             self.table[None], num_experts=self.counts.shape[1], num_ranks=self.ranks.num_ranks
         )
-        return jax.tree.map(lambda table: table[0], placement.tables(with_leveling=True))
+        with light_compile():
+            return jax.tree.map(lambda table: table[0], placement.tables(with_leveling=True))
 
 
 def draw_batch(shape, seed: int) -> Batch:

@@ -5,6 +5,8 @@ import pytest
 
 from jax_eplb.kernels import ACTIVATIONS, activation_named
 
+pytestmark = pytest.mark.light_compile
+
 GATED = {
     "swiglu": lambda gate, up: jax.nn.silu(gate) * up,
     "geglu": lambda gate, up: jax.nn.gelu(gate, approximate=True) * up,

@@ -12,6 +12,8 @@ from jax_eplb.planner.replicate import replicate
 from jax_eplb.planner.scenarios import draw_scenarios
 from jax_eplb.split import balanced_split, sum_by_rank
 
+pytestmark = pytest.mark.light_compile
+
 E, S, P, L = 32, 48, 8, 3
 
 

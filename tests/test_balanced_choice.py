@@ -52,6 +52,7 @@ def least_largest_load(batch: Batch) -> float:
     return result.fun * unit
 
 
+@pytest.mark.slow
 @given(batches)
 def test_no_token_is_lost_and_the_fullest_rank_is_a_linear_programmes(batch):
     found = divided(batch)
@@ -61,6 +62,7 @@ def test_no_token_is_lost_and_the_fullest_rank_is_a_linear_programmes(batch):
     assert least - 1e-6 * loads.mean() <= loads.max() <= least + 1 + 1e-3 * loads.mean()
 
 
+@pytest.mark.slow
 @given(batches)
 def test_tokens_stay_where_they_are_as_far_as_the_quotas_go(batch):
     found, per_rank = divided(batch), batch.ranks.slots_per_rank

@@ -10,7 +10,7 @@ import pytest
 
 from jax_eplb import Placement, expert_mesh
 from jax_eplb.models import parameters
-from jax_eplb.rebalance import (
+from jax_eplb.online import (
     Balancer,
     BalancerConfig,
     BalancerError,
@@ -20,10 +20,12 @@ from jax_eplb.rebalance import (
     Look,
     StepSeen,
 )
-from jax_eplb.rebalance import balancer as balancing
-from jax_eplb.rebalance import decide as deciding
+from jax_eplb.online import balancer as balancing
+from jax_eplb.online import decide as deciding
 from jax_eplb.serving import Engine, ServingConfig
 from tests.tiny_model import CONFIG, counted_compilations, random_requests, tiny_decoder
+
+pytestmark = pytest.mark.light_compile
 
 # Three prompts' steps and many of one token.
 REQUESTS = random_requests([(5, 20), (9, 18), (16, 22), (3, 24)] * 8)

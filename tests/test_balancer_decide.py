@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from jax_eplb import Placement, metrics
-from jax_eplb.rebalance import BalancerConfig, Costs
-from jax_eplb.rebalance import decide as module
-from jax_eplb.rebalance.decide import Served, decide
-from jax_eplb.rebalance.state import initial_state, observe
+from jax_eplb.online import BalancerConfig, Costs
+from jax_eplb.online import decide as module
+from jax_eplb.online.decide import Served, decide
+from jax_eplb.online.state import initial_state, observe
 from jax_eplb.split import balanced_split, even_split, sum_by_rank
+
+pytestmark = pytest.mark.light_compile
 
 E, S, P, L = 8, 12, 4, 3
 IDS = (3, 4, 5)

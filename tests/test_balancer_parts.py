@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 from jax_eplb import expert_mesh
 from jax_eplb.moving import Moves, find_banks
-from jax_eplb.rebalance.effect import Effects
-from jax_eplb.rebalance.measure import bytes_of_slot, measure_bytes_per_second
-from jax_eplb.rebalance.parts import in_parts
+from jax_eplb.online.effect import Effects
+from jax_eplb.online.measure import bytes_of_slot, measure_bytes_per_second
+from jax_eplb.online.parts import in_parts
 from tests.test_events import UPDATE
 
 

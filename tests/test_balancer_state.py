@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from jax_eplb import Placement
-from jax_eplb.rebalance import BalancerConfig
-from jax_eplb.rebalance.state import (
+from jax_eplb.online import BalancerConfig
+from jax_eplb.online.state import (
     choose_layers,
     initial_state,
     is_balanced_enough,

@@ -9,6 +9,8 @@ from jax_eplb import expert_mesh
 from jax_eplb.moving import find_banks
 from tests.moving_cases import layer_trees, put, stacked_tree, tables
 
+pytestmark = pytest.mark.light_compile
+
 L, E, S, RANKS = 2, 8, 12, 4
 TABLE = next(tables(0, L, E, S, RANKS))
 

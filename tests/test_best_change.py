@@ -5,6 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +13,8 @@ from jax_eplb.planner.best_change import best_change
 from jax_eplb.planner.changes import Moves, Slots
 from tests.greedy_reference import duplicates, rank_load_of
 from tests.placement_cases import random_table
+
+pytestmark = pytest.mark.light_compile
 
 # One layer of four ranks of three slots.
 E, S, P, N = 7, 12, 4, 3

@@ -11,6 +11,8 @@ from scipy.optimize import linprog
 
 from jax_eplb.planner.bound import lower_bound
 
+pytestmark = pytest.mark.light_compile
+
 # Few shapes, each with many loads: experts, slots, ranks.
 SIZES = [(4, 6, 3), (5, 6, 3), (6, 6, 3), (6, 6, 2), (5, 9, 3)]
 LAYERS = 48  # of every call, so that a shape compiles once
@@ -82,7 +84,10 @@ def assert_not_above(found, best, slack=1e-6):
     assert above.max() <= slack, (above.argmax(), above.max())
 
 
-@pytest.mark.parametrize(("num_experts", "num_slots", "num_ranks"), SIZES)
+@pytest.mark.parametrize(
+    ("num_experts", "num_slots", "num_ranks"),
+    [SIZES[0], *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in SIZES[1:])],
+)
 def test_no_placement_beats_the_bound(num_experts, num_slots, num_ranks):
     loads = draw_loads(num_experts, LAYERS, seed=num_slots)
     best = [optimum(load, num_slots, num_ranks) for load in loads]
@@ -90,7 +95,10 @@ def test_no_placement_beats_the_bound(num_experts, num_slots, num_ranks):
 
 
 # Without a slot to spare both splits are one.
-@pytest.mark.parametrize(("num_experts", "num_slots", "num_ranks"), [*SIZES[:2], SIZES[-1]])
+@pytest.mark.parametrize(
+    ("num_experts", "num_slots", "num_ranks"),
+    [SIZES[0], *(pytest.param(*SIZES[i], marks=pytest.mark.slow) for i in (1, -1))],
+)
 def test_no_placement_beats_the_bound_under_the_balanced_split(num_experts, num_slots, num_ranks):
     loads = draw_loads(num_experts, 24, seed=num_ranks)
     best = [optimum(load, num_slots, num_ranks, split="balanced") for load in loads]
@@ -109,6 +117,7 @@ def test_the_brute_force_of_the_balanced_split_agrees_with_linear_programmes():
         assert linprog(goal, ranks, np.zeros(3), experts, load).fun == pytest.approx(height)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["even", "balanced"])
 def test_no_placement_beats_the_bound_of_windows(split):
     windows = draw_loads(4, 3, 24, seed=3)
@@ -133,7 +142,7 @@ def test_windows_alike_are_one_load():
     np.testing.assert_allclose(found, bound(loads, 6, 3), atol=3e-4)
 
 
-@pytest.mark.parametrize("split", ["even", "balanced"])
+@pytest.mark.parametrize("split", ["even", pytest.param("balanced", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("capacity", [[1.0, 2.0, 0.7], [3.0, 0.0, 3.0], [0.0, 0.1, 0.4]])
 def test_no_placement_beats_the_bound_with_capacities(capacity, split):
     loads = draw_loads(4, 24, seed=5)
@@ -141,6 +150,7 @@ def test_no_placement_beats_the_bound_with_capacities(capacity, split):
     assert_not_above(bound(loads, 6, 3, capacity=capacity, split=split), best)
 
 
+@pytest.mark.slow
 def test_ranks_alike_but_for_one_that_holds_nothing():
     # As two ranks of two: whatever is beside 9 is at least 4, where the mean is 12.
     loads = [[9, 6, 5, 4]]
@@ -239,6 +249,7 @@ def test_no_load_has_a_bound_of_zero():
     assert bound(np.zeros((3, 1, 4)), 6, 3, split="balanced").tolist() == [0.0]
 
 
+@pytest.mark.slow
 def test_the_bound_can_be_mapped_and_compiled_into_more():
     loads = draw_loads(4, LAYERS)
     one = functools.partial(lower_bound, num_slots=6, num_ranks=3)

@@ -14,6 +14,8 @@ from jax_eplb.planner.changes import (
     apply_change,
 )
 
+pytestmark = pytest.mark.light_compile
+
 apply_jitted = jax.jit(apply_change, static_argnames="replace")
 # Ranks 0 1 | 0 2 | 3 1, tokens 8 6 4 2, one layer.
 TABLE, LOAD = [0, 1, 0, 2, 3, 1], [8.0, 6.0, 4.0, 2.0]

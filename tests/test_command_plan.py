@@ -14,6 +14,8 @@ from tests.command_line import (
     write_statistics,
 )
 
+pytestmark = pytest.mark.light_compile
+
 # What compiles in a third of the time, where the quality of the plan is not looked at.
 FAST = ("--effort", "fast")
 
@@ -51,7 +53,7 @@ def imbalance(table, counts, num_ranks):
 
 def test_the_file_is_valid_and_the_figures_are_a_numpy_recount(capsys, tmp_path, recorded):
     path = tmp_path / "plan.yaml"
-    arguments = ["--ep-size", 4, "--num-slots", 16, "-o", path, "--json", "--verbose"]
+    arguments = ["--ep-size", 4, "--num-slots", 16, *FAST, "-o", path, "--json", "--verbose"]
     figures = json.loads(succeed(capsys, "plan", recorded, *arguments))
     table, updates = validated(path, 12, 4)
     assert updates == 0
@@ -64,6 +66,7 @@ def test_the_file_is_valid_and_the_figures_are_a_numpy_recount(capsys, tmp_path,
     assert figures["output"] == str(path)
 
 
+@pytest.mark.slow
 def test_a_plan_beats_the_default_layout(capsys, tmp_path, recorded):
     path = tmp_path / "plan.yaml"
     succeed(capsys, "plan", recorded, "--ep-size", 4, "--num-slots", 16, "-o", path)
@@ -89,6 +92,7 @@ def test_verbose_has_a_line_for_each_layer(capsys, tmp_path, recorded):
     assert [line.split(":")[0] for line in lines[:3]] == [f"layer {layer}" for layer in LAYERS]
 
 
+@pytest.mark.slow
 def test_a_plan_of_some_iterations_is_made_from_those(capsys, tmp_path, recorded):
     sizes = ["--ep-size", 4, *FAST]
     limits = ["--iter-start", 11, "--iter-stop", 13]

@@ -20,6 +20,8 @@ from tests.checkpoint_cases import assert_same, planned, state_of, targets
 from tests.command_line import fail, run, skewed_counts, succeed, write_statistics
 from tests.test_rewrite import assert_holds
 
+pytestmark = pytest.mark.light_compile
+
 LAYERS = (1, 2)  # DeepSeek's
 
 

@@ -77,6 +77,7 @@ def test_the_logits_are_numpys():
         np.testing.assert_allclose(found, by_numpy(sequence), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_without_dense_layers_and_without_a_shared_expert_they_are_numpys_too():
     config = dataclasses.replace(SMALL, num_layers=1, num_dense_layers=0, shared_hidden_dim=0)
     tokens = text(2)
@@ -85,6 +86,7 @@ def test_without_dense_layers_and_without_a_shared_expert_they_are_numpys_too():
         np.testing.assert_allclose(found, by_numpy(sequence, config), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_prefill_and_decoding_with_the_cache_give_the_uncached_logits():
     run, tokens = runner(4), text(8)
     whole = run(tokens)[0]
@@ -111,6 +113,7 @@ def generated(run, tokens, lengths):
     return np.stack(seen, axis=1)
 
 
+@pytest.mark.slow
 def test_a_sequence_among_others_gives_the_bits_it_gives_alone():
     tokens, lengths = text(8), np.array([7, 2, 5, 1, 6, 3, 4, 7])
     together = generated(runner(4), tokens, lengths)
@@ -147,6 +150,7 @@ def test_a_placement_changes_no_bit_and_compiles_nothing(seed):
     run.use(default)
 
 
+@pytest.mark.slow
 def test_seats_say_where_a_sequence_is_kept():
     run, tokens = runner(4), text(8)
     swapped = np.array([1, 0] * 4)
@@ -158,6 +162,7 @@ def test_seats_say_where_a_sequence_is_kept():
     np.testing.assert_array_equal(plain.keys, np.asarray(turned.keys)[:, order])
 
 
+@pytest.mark.slow
 def test_padding_is_not_counted_nor_written_to_the_cache():
     run, tokens = runner(4), text(8)
     lengths = np.array([7, 1, 0, 0, 3, 0, 0, 0])  # ranks 1 and 3 have no tokens

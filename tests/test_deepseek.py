@@ -73,7 +73,13 @@ def loads_of(num_experts):
     return np.concatenate(kinds).astype(np.float32)
 
 
-@pytest.mark.parametrize("sizes", FLAT + GROUPED + UNEQUAL)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        *(FLAT[0], GROUPED[0], UNEQUAL[0]),
+        *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in FLAT[1:] + GROUPED[1:]),
+    ],
+)
 def test_plans_are_those_of_the_plain_program(sizes):
     num_experts, *rest = sizes
     load = loads_of(num_experts)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from jax_eplb.rebalance import DigestMismatch
-from jax_eplb.rebalance.digest import check_agreement, digest, from_first_process
+from jax_eplb.online import DigestMismatch
+from jax_eplb.online.digest import check_agreement, digest, from_first_process
 
 TABLE = np.arange(12).reshape(2, 6)
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.light_compile import LIGHT_ENVIRONMENT
+
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 
@@ -18,6 +20,7 @@ def test_the_first_example_prints_what_it_says(tmp_path, page):
     script = tmp_path / "example.py"
     script.write_text(code)
     environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment |= LIGHT_ENVIRONMENT
     run = subprocess.run(
         [sys.executable, script],
         capture_output=True,

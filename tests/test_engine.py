@@ -16,6 +16,8 @@ from jax_eplb.serving import Engine, Request, ServingConfig
 from tests.placement_cases import random_table
 from tests.tiny_model import CONFIG, counted_compilations, random_requests, tiny_decoder
 
+pytestmark = pytest.mark.light_compile
+
 # Requests of one token beside longer ones.
 UNEVEN = [(1, 4), (16, 1), (3, 9), (5, 1), (13, 3), (9, 6), (2, 2)]
 
@@ -28,7 +30,7 @@ def placement(num_ranks, num_slots=16, seed=None):
     return Placement.from_slots(table, **sizes, layer_ids=CONFIG.moe_layer_ids)
 
 
-def engine(num_ranks, num_slots=16, temperature=0.0):
+def engine(num_ranks=4, num_slots=16, temperature=0.0):
     """An engine on the default placement, whatever a test has done to it."""
     made = cached_engine(num_ranks, num_slots, temperature)
     made.use_placement(placement(num_ranks, num_slots))
@@ -37,6 +39,7 @@ def engine(num_ranks, num_slots=16, temperature=0.0):
 
 @functools.cache
 def cached_engine(num_ranks, num_slots, temperature):
+    """Of few sizes, as each compiles anew; most tests take the first, which `test_run` has too."""
     return Engine(
         tiny_decoder(),
         mesh=expert_mesh(num_ranks),
@@ -46,8 +49,8 @@ def cached_engine(num_ranks, num_slots, temperature):
 
 
 @functools.cache
-def step_by_step(temperature, lengths=tuple(UNEVEN)):
-    """Outputs of the random requests from whole sequences, one rank, one sequence, no cache."""
+def whole_sequence():
+    """(tokens [1, 32], length) to logits [32, V]: one rank, one sequence, no cache."""
     mesh, slots = expert_mesh(1), placement(1)
     params = parameters.on_mesh(
         tiny_decoder().params, np.asarray(slots.slot_to_expert), CONFIG, mesh, "expert", jnp.float32
@@ -62,13 +65,19 @@ def step_by_step(temperature, lengths=tuple(UNEVEN)):
 
     specs = (parameters.specs(CONFIG, "expert"), P(), P("expert"), P())
     logits = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P("expert")))
+    return functools.partial(logits, params, tables)
+
+
+@functools.cache
+def step_by_step(temperature, lengths=tuple(UNEVEN)):
+    """Outputs of the random requests from whole sequences."""
     outputs = []
     for request in random_requests(lengths):
         text = request.prompt.tolist()
         while len(text) < len(request.prompt) + request.output_length:
             padded = np.zeros((1, 32), np.int32)
             padded[0, : len(text)] = text
-            last = logits(params, tables, padded, jnp.int32(len(text)))
+            last = whole_sequence()(padded, jnp.int32(len(text)))
             key = jax.random.fold_in(jax.random.key(request.seed), len(text))
             noise = np.asarray(jax.random.gumbel(key, (256,), jnp.float32))
             text.append(int((np.asarray(last)[len(text) - 1] + temperature * noise).argmax()))
@@ -80,9 +89,10 @@ def tokens(engine, requests, **keywords):
     return [output.tolist() for output in engine.run(requests, **keywords).outputs]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "num_ranks", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 8))]
+)
 def test_any_number_of_ranks_writes_what_whole_sequences_without_a_cache_give(
     num_ranks, temperature
 ):
@@ -95,7 +105,7 @@ def test_the_temperature_changes_what_is_written():
     assert step_by_step(0.0) != step_by_step(0.7)
 
 
-@pytest.mark.parametrize("num_slots", [16, 32])
+@pytest.mark.parametrize("num_slots", [16, pytest.param(32, marks=pytest.mark.slow)])
 def test_any_placement_writes_the_same_and_a_change_compiles_nothing(num_slots):
     made, requests = engine(4, num_slots), random_requests(UNEVEN)
     assert tokens(made, requests) == step_by_step(0.0)
@@ -109,12 +119,13 @@ def test_any_placement_writes_the_same_and_a_change_compiles_nothing(num_slots):
 @pytest.mark.slow
 def test_prompts_of_several_widths_serve_in_one_run():
     lengths = ((3, 2), (17, 5), (25, 3), (2, 4), (16, 2), (4, 1))
-    assert tokens(engine(2), random_requests(lengths)) == step_by_step(0.0, lengths)
+    assert tokens(engine(), random_requests(lengths)) == step_by_step(0.0, lengths)
 
 
+@pytest.mark.slow
 def test_a_request_gets_the_same_tokens_alone_and_on_another_seat():
     requests, expected = random_requests(UNEVEN), step_by_step(0.7)
-    made = engine(2, 16, 0.7)
+    made = engine(temperature=0.7)
     for index in (2, 4):
         assert tokens(made, [requests[index]]) == [expected[index]]
     assert tokens(made, requests[::-1]) == expected[::-1]
@@ -124,13 +135,14 @@ def test_a_request_gets_the_same_tokens_alone_and_on_another_seat():
 def test_small_waves_of_the_exchange_write_the_same():
     made = Engine(
         tiny_decoder(),
-        mesh=expert_mesh(2),
-        placement=placement(2),
-        serving=ServingConfig(max_batch_size=4, max_length=32, moe_max_num_tokens=4),
+        mesh=expert_mesh(4),
+        placement=placement(4),
+        serving=ServingConfig(max_batch_size=2, max_length=32, moe_max_num_tokens=4),
     )
     assert tokens(made, random_requests(UNEVEN)) == step_by_step(0.0)
 
 
+@pytest.mark.slow
 def test_a_warm_engine_compiles_nothing_and_warming_up_leaves_no_trace():
     serving = ServingConfig(max_batch_size=3, max_prompts_per_step=3, max_length=32)
     made = Engine(tiny_decoder(), mesh=expert_mesh(4), placement=placement(4), serving=serving)
@@ -148,7 +160,13 @@ def test_a_warm_engine_compiles_nothing_and_warming_up_leaves_no_trace():
     assert recorder.recording().iterations[0] == 0
 
 
-@pytest.mark.parametrize(("num_ranks", "num_slots"), [(1, 16), (4, 32), (8, 16)])
+@pytest.mark.parametrize(
+    ("num_ranks", "num_slots"),
+    [
+        (4, 16),
+        *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((1, 16), (4, 32), (8, 16))),
+    ],
+)
 def test_every_token_read_is_counted_once_by_expert_and_once_by_rank(num_ranks, num_slots):
     made, requests = engine(num_ranks, num_slots), random_requests(UNEVEN)
     recorder = made.recorder()
@@ -168,10 +186,10 @@ def test_every_token_read_is_counted_once_by_expert_and_once_by_rank(num_ranks, 
 
 
 def test_a_placement_moves_the_ranks_load_and_leaves_the_experts():
-    requests, made = random_requests([(16, 2)] * 8), engine(4, 32)
+    requests, made = random_requests([(16, 2)] * 8), engine()
     kept = []
     for seed in (0, 1):
-        made.use_placement(placement(4, 32, seed))
+        made.use_placement(placement(4, seed=seed))
         recorder = made.recorder()
         made.run(requests, recorder=recorder)
         kept.append(recorder.recording())
@@ -180,16 +198,16 @@ def test_a_placement_moves_the_ranks_load_and_leaves_the_experts():
 
 
 def test_without_redundancy_the_ranks_counts_are_their_experts():
-    made, recorder = engine(8), engine(8).recorder()
+    made, recorder = engine(), engine().recorder()
     made.run(random_requests(UNEVEN), recorder=recorder)
     kept = recorder.recording()
-    by_rank = kept.counts.reshape(*kept.counts.shape[:2], 8, 2).sum(axis=3)
+    by_rank = kept.counts.reshape(*kept.counts.shape[:2], 4, 4).sum(axis=3)
     np.testing.assert_array_equal(kept.rank_tokens, by_rank)
 
 
 def test_progress_counts_the_finished_requests_and_throughput_all_of_them():
     heard = []
-    result = engine(2).run(random_requests(UNEVEN), on_progress=heard.append)
+    result = engine().run(random_requests(UNEVEN), on_progress=heard.append)
     assert heard == sorted(heard)
     assert heard[-1] == len(UNEVEN)
     figures = result.throughput
@@ -261,9 +279,9 @@ def test_half_the_seats_take_prompts_in_a_step_unless_told():
 
 
 def test_a_recorder_of_the_engine_knows_model_and_range():
-    recorder = engine(2).recorder(1, 3)
+    recorder = engine().recorder(1, 3)
     assert isinstance(recorder, Recorder)
-    engine(2).run(random_requests([(3, 6)]), recorder=recorder)
+    engine().run(random_requests([(3, 6)]), recorder=recorder)
     kept = recorder.recording()
     assert kept.iterations == (1, 2)
     assert kept.counts.sum(axis=2).tolist() == [[3, 3], [3, 3]]  # one token, three choices

@@ -1,8 +1,11 @@
 import numpy as np
+import pytest
 from hypothesis import given
 
 from jax_eplb.routing.even import even_share
 from tests.replica_choice_cases import Batch, Ranks, batches, check_shares, compiled, shares
+
+pytestmark = pytest.mark.light_compile
 
 
 def dealt_one_by_one(batch: Batch, candidates) -> np.ndarray:

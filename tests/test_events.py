@@ -3,8 +3,8 @@
 import json
 import logging
 
-from jax_eplb.rebalance import Failure, JsonLines, LayerUpdate, Look, Stall, StepSeen
-from jax_eplb.rebalance.events import as_dict, log_event
+from jax_eplb.online import Failure, JsonLines, LayerUpdate, Look, Stall, StepSeen
+from jax_eplb.online.events import as_dict, log_event
 
 UPDATE = LayerUpdate(
     step=12,
@@ -27,7 +27,7 @@ QUIET = [Stall(1, 0.1), StepSeen(1, (0.5,), (3,), 100)]
 
 
 def test_updates_and_failures_are_logged_as_json_and_what_each_step_brings_is_not(caplog):
-    with caplog.at_level(logging.DEBUG, "jax_eplb.rebalance"):
+    with caplog.at_level(logging.DEBUG, "jax_eplb.online"):
         for event in (UPDATE, FAILURE, LOOK, *QUIET):
             log_event(event)
     levels = [record.levelno for record in caplog.records]

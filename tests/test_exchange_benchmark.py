@@ -6,6 +6,8 @@ import pytest
 
 from benchmarks import exchange
 
+pytestmark = pytest.mark.light_compile
+
 
 @pytest.mark.slow
 def test_a_cap_lowers_the_memory_and_every_row_has_a_time(capsys):

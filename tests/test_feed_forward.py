@@ -9,6 +9,8 @@ from jax_eplb.moe.feed_forward import (
     shared_feed_forward,
 )
 
+pytestmark = pytest.mark.light_compile
+
 
 def expected(rows, gate_up, down):
     gate, up = np.split(np.asarray(rows, np.float64) @ np.asarray(gate_up), 2, axis=1)

@@ -15,6 +15,8 @@ from jax_eplb.planner.fresh import (
 from jax_eplb.planner.score import score_even
 from tests.greedy_reference import duplicates, greedy_plan, imbalance_of
 
+pytestmark = pytest.mark.light_compile
+
 W, L, E, S, P = 5, 12, 8, 12, 4
 ROOM = Room(S, P, None, 1)
 # Few rounds: what is tested is the choice between candidates.

@@ -15,6 +15,8 @@ from jax_eplb.split import even_split
 from tests.greedy_reference import duplicates, imbalance_of
 from tests.placement_cases import random_tables_without_duplicates, risk_by_counting
 
+pytestmark = pytest.mark.light_compile
+
 # Four ranks on two nodes, four groups of two experts; as many layers in every call.
 E, S, P, Q, G, L = 8, 12, 4, 2, 4, 24
 PLAIN = Sizes(S, P, "even", "fast", "search", 1, 1, False)

@@ -16,6 +16,8 @@ from tests.moving_cases import (
     tables,
 )
 
+pytestmark = pytest.mark.light_compile
+
 L, E, S, RANKS = 2, 8, 12, 4
 OLD, NEW = next(tables(0, L, E, S, RANKS)), next(tables(1, L, E, S, RANKS))
 BEFORE, AFTER = placement(OLD, E, RANKS), placement(NEW, E, RANKS)

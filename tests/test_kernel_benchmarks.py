@@ -7,6 +7,8 @@ import pytest
 from benchmarks import ceilings, grouped_matmul, layer
 from benchmarks.ceilings import Ceilings, burst_ms, compile_all
 
+pytestmark = pytest.mark.light_compile
+
 GIVEN = ["--bandwidth", "1e10", "--flops", "1e11"]
 
 
@@ -19,7 +21,7 @@ def _quick(monkeypatch):
     monkeypatch.setattr(layer, "CPU_LAYERS", (layer.Layer("tiny", 16, 8, 4, 4, 2),))
 
 
-@pytest.mark.parametrize("options", [[], ["--gradients"]])
+@pytest.mark.parametrize("options", [[], pytest.param(["--gradients"], marks=pytest.mark.slow)])
 def test_products_are_compared_with_ragged_dot_and_their_floor(capsys, options):
     grouped_matmul.main(["--shape", "3", "40", "8", "4", *GIVEN, "--json", *options])
     found = json.loads(capsys.readouterr().out)
@@ -38,6 +40,7 @@ def test_products_print_a_table(capsys):
     assert "3 × 40 × 8 × 4" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_layer_is_compared_with_ragged_dot_and_timed_by_stage(capsys):
     layer.main([*GIVEN, "--stages", "--json"])
     (row,) = json.loads(capsys.readouterr().out)["rows"]
@@ -48,6 +51,7 @@ def test_the_layer_is_compared_with_ragged_dot_and_timed_by_stage(capsys):
     assert row["floor_ms"] == pytest.approx(1e3 * max(4 * values / 1e10, 2 * 32 * 96 / 1e11))
 
 
+@pytest.mark.slow
 def test_the_layer_prints_a_table_of_those_asked_for(capsys, monkeypatch):
     figures = dict.fromkeys(("ms", "floor_ms", "of_floor", "counting", "peer_ms", "experts"), 1.0)
     monkeypatch.setattr(

@@ -15,6 +15,8 @@ from jax_eplb.moe import moe_forward
 from tests.moe_reference import moe_dense
 from tests.placement_cases import random_table
 
+pytestmark = pytest.mark.light_compile
+
 E, K, D, F, S, RANKS = 6, 2, 5, 7, 16, 4
 
 
@@ -45,15 +47,23 @@ def dense_of(layer):
     return layer.router[...], gate_up, layer.down[...][first]
 
 
+@nnx.jit
+def gradients(layer):
+    return nnx.grad(lambda layer: (layer(drawn()) * drawn(1)).sum())(layer)
+
+
+@jax.jit
+def dense_gradients(params):
+    return jax.grad(lambda params: (moe_dense(drawn(), *params, K) * drawn(1)).sum())(params)
+
+
 @pytest.mark.parametrize("placement", [None, placement_of(1)], ids=["default", "random"])
-@pytest.mark.parametrize("cap", [None, 8], ids=["one wave", "waves"])
+@pytest.mark.parametrize(
+    "cap", [8, pytest.param(None, marks=pytest.mark.slow)], ids=["waves", "one wave"]
+)
 def test_every_slot_gets_its_experts_gradient_of_the_dense_layer(placement, cap):
-    layer, tokens = make(placement=placement, moe_max_num_tokens=cap), drawn()
-    cotangent = drawn(1)
-    grads = nnx.grad(lambda layer: (layer(tokens) * cotangent).sum())(layer)
-    dense = jax.grad(lambda params: (moe_dense(tokens, *params, K) * cotangent).sum())(
-        dense_of(layer)
-    )
+    layer = make(placement=placement, moe_max_num_tokens=cap)
+    grads, dense = gradients(layer), dense_gradients(dense_of(layer))
     experts = np.asarray(layer.slot_to_expert[...])
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
     close(grads.router[...], dense[0])
@@ -61,6 +71,7 @@ def test_every_slot_gets_its_experts_gradient_of_the_dense_layer(placement, cap)
     close(grads.down[...], np.asarray(dense[2])[experts])
 
 
+@pytest.mark.slow
 def test_replicas_stay_equal_bit_for_bit_under_an_optimizer():
     layer, tokens = make(placement=placement_of(2)), drawn(2)
     optimizer = nnx.Optimizer(layer, optax.sgd(1e-2, momentum=0.9), wrt=nnx.Param)
@@ -80,6 +91,7 @@ def test_replicas_stay_equal_bit_for_bit_under_an_optimizer():
     assert np.abs(np.asarray(layer.gate_up[...]) - before).min() > 0
 
 
+@pytest.mark.slow
 def test_layers_in_a_scan_are_those_one_after_another():
     config = make().config
 
@@ -108,6 +120,7 @@ def test_layers_in_a_scan_are_those_one_after_another():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cap", [None, 8], ids=["one wave", "waves"])
 def test_remat_changes_no_gradient(cap):
     layer, tokens = make(moe_max_num_tokens=cap), drawn()
@@ -121,6 +134,7 @@ def test_remat_changes_no_gradient(cap):
     np.testing.assert_allclose(again, plain, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_it_serves_in_a_shard_map_of_the_users():
     layer, tokens = make(placement=placement_of(3), shared_hidden_dim=4), drawn()
 
@@ -139,6 +153,7 @@ def test_it_serves_in_a_shard_map_of_the_users():
     np.testing.assert_allclose(out, tokens + layer(jnp.tanh(tokens)), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_it_is_a_linen_module_through_the_bridge():
     config, tokens = make().config, drawn()
     linen = nnx.bridge.to_linen(MoE, config, mesh=expert_mesh(RANKS))
@@ -152,7 +167,9 @@ def test_it_is_a_linen_module_through_the_bridge():
         getattr(layer, name)[...] = params[name]
     np.testing.assert_allclose(out, layer(tokens), rtol=1e-6, atol=1e-6)
     assert changed["LoadCount"]["expert_tokens"].sum() >= len(tokens) * K
-    grads = jax.grad(
-        lambda params: jnp.square(linen.apply({**variables, "params": params}, tokens)).sum()
+    grads = jax.jit(
+        jax.grad(
+            lambda params: jnp.square(linen.apply({**variables, "params": params}, tokens)).sum()
+        )
     )(params)
     assert all(np.abs(np.asarray(g)).sum() > 0 for g in jax.tree.leaves(grads))

@@ -1,9 +1,12 @@
 import numpy as np
+import pytest
 from hypothesis import given
 
 from jax_eplb.routing.local import local_share
 from tests.replica_choice_cases import Batch, Ranks, batches, check_shares, compiled, shares
 from tests.test_even import dealt_one_by_one, few
+
+pytestmark = pytest.mark.light_compile
 
 
 def nearest(batch: Batch, rank: int, expert: int) -> np.ndarray:

@@ -1,3 +1,5 @@
+import functools
+
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,15 @@ from jax_eplb.routing.losses import (
     update_selection_bias,
 )
 
+pytestmark = pytest.mark.light_compile
+
 T, E, K = 10, 6, 2
+
+
+# Compiled whole: one operation after another, each would be a program of its own.
+load_balancing_loss = jax.jit(load_balancing_loss, static_argnums=1)
+sequence_balance_loss = jax.jit(sequence_balance_loss, static_argnums=1, static_argnames="scores")
+router_z_loss = jax.jit(router_z_loss)
 
 
 def drawn(*shape, seed=0):
@@ -156,7 +166,8 @@ def test_sums_over_ranks_give_the_loss_of_all_their_tokens():
     axis = P("expert")
     run = jax.shard_map(local, mesh=expert_mesh(4), in_specs=(axis, axis), out_specs=P())
     value, gradient = jax.jit(jax.value_and_grad(run))(logits, mask)
-    whole, expected = jax.value_and_grad(load_balancing_loss)(jnp.asarray(logits), K, mask)
+    of_all = jax.jit(jax.value_and_grad(load_balancing_loss), static_argnums=1)
+    whole, expected = of_all(jnp.asarray(logits), K, mask)
     assert float(value) == pytest.approx(float(whole), rel=1e-5)
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-7)
 
@@ -197,12 +208,15 @@ def test_the_bias_moves_by_the_rate_towards_the_mean_in_every_layer():
     assert moved.dtype == bias.dtype
 
 
+jitted_update = jax.jit(functools.partial(update_selection_bias, rate=1.0))
+
+
 @given(tokens=arrays(np.int32, E, elements=st.integers(0, 2**28)))
 def test_the_bias_rule_compares_with_the_exact_mean(tokens):
     # Float32 would merge a count with a mean that is a fraction away.
     total = sum(map(int, tokens))
     direction = [(total > E * int(count)) - (total < E * int(count)) for count in tokens]
-    assert update_selection_bias(jnp.zeros(E), tokens, 1.0).tolist() == direction
+    assert jitted_update(jnp.zeros(E), tokens).tolist() == direction
 
 
 def test_the_bias_rule_evens_out_a_skewed_router():

@@ -1,6 +1,8 @@
 import subprocess
 import sys
 
+import pytest
+
 
 def test_the_package_runs_as_a_module_without_a_warning():
     command = [sys.executable, "-W", "error", "-m", "jax_eplb", "--help"]
@@ -11,6 +13,7 @@ def test_the_package_runs_as_a_module_without_a_warning():
         assert name in ended.stdout
 
 
+@pytest.mark.slow
 def test_the_exit_code_is_the_commands():
     command = [sys.executable, "-m", "jax_eplb", "report", "none.npz", "--ep-size", "4"]
     ended = subprocess.run(command, capture_output=True, text=True)

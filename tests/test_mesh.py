@@ -50,6 +50,7 @@ def test_a_program_that_starts_gets_the_devices_it_asks_for():
     assert devices_in_a_new_process("simulate_devices(5); print(len(jax.devices()))") == ["5"]
 
 
+@pytest.mark.slow
 def test_xla_flags_and_a_larger_setting_stand():
     program = "simulate_devices(2); print(len(jax.devices()))"
     flag = "--xla_force_host_platform_device_count=3"

@@ -5,6 +5,7 @@ import pytest
 from tests.processes import run_together
 
 
+@pytest.mark.slow
 def test_thirty_placements_over_two_processes():
     for printed in run_together("tests.moving_process", 2, 4, 30, 0):
         assert printed.endswith("moved\n")

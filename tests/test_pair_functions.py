@@ -8,6 +8,8 @@ import pytest
 
 from jax_eplb.planner import pair_functions
 
+pytestmark = pytest.mark.light_compile
+
 
 @pytest.mark.parametrize("divisible", [False, True])
 def test_no_two_sizes_that_fit_are_worth_more_than_a_rank(divisible):

@@ -9,6 +9,8 @@ import pytest
 from jax_eplb.planner.pairs import improve_pairs
 from jax_eplb.planner.replicate import replicate
 
+pytestmark = pytest.mark.light_compile
+
 # Ten slots of five ranks; as many layers in every call.
 L, E, S = 24, 6, 10
 

@@ -15,6 +15,8 @@ from jax_eplb.placement import Placement
 from jax_eplb.planner import frontier, plan
 from tests.greedy_reference import duplicates, imbalance_of
 
+pytestmark = pytest.mark.light_compile
+
 E, S, P, L = 8, 12, 4, 12
 plan_it = functools.partial(plan, num_slots=S, num_ranks=P, effort="fast")
 FORCE = Placement.default(num_experts=E, num_slots=S, num_ranks=P, num_layers=L)

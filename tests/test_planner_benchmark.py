@@ -22,6 +22,8 @@ from benchmarks.tables import Column, Table
 from benchmarks.timing import in_turn
 from benchmarks.topology import cross_node_part, on_one_node, time_imbalance
 
+pytestmark = pytest.mark.light_compile
+
 # One size for all, so that a plan compiles once.
 SIZE = Size(32, 48, 16)
 

@@ -8,7 +8,7 @@ import pytest
 from jax_eplb.planner.prices import Changes, promising_changes
 from tests.placement_cases import random_tables_without_duplicates
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.light_compile]
 # One expert has two replicas; as many layers in every call.
 E, S, P, L, W = 11, 12, 4, 24, 3
 propose = jax.jit(promising_changes)

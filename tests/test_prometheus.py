@@ -8,8 +8,8 @@ import urllib.request
 import prometheus_client
 import pytest
 
-from jax_eplb.rebalance.events import Look, Stall, StepSeen
-from jax_eplb.rebalance.prometheus import BalancerMetrics, served
+from jax_eplb.online.events import Look, Stall, StepSeen
+from jax_eplb.online.prometheus import BalancerMetrics, served
 from tests.test_events import FAILURE, UPDATE
 
 
@@ -68,6 +68,6 @@ def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    monkeypatch.delitem(sys.modules, "jax_eplb.rebalance.prometheus")
+    monkeypatch.delitem(sys.modules, "jax_eplb.online.prometheus")
     with pytest.raises(ImportError, match=r"install jax-eplb\[prometheus\]"):
-        importlib.import_module("jax_eplb.rebalance.prometheus")
+        importlib.import_module("jax_eplb.online.prometheus")

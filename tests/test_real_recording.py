@@ -9,6 +9,8 @@ import yaml
 from jax_eplb import Recording, load_placement, load_recording, plan, save_placement
 from jax_eplb.report import build_report, rank_tokens
 
+pytestmark = pytest.mark.light_compile
+
 RECORDING = Path(__file__).parent / "data" / "byte_model_recording.npz"
 
 
@@ -41,6 +43,7 @@ def test_the_measured_ranks_are_those_of_the_initial_layout(recording):
     np.testing.assert_array_equal(rank_tokens(recording), counts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "slots"), [(8, 80), (16, 96), (4, 64)])
 def test_the_plan_file_read_back_gives_what_a_recount_gives(recording, tmp_path, ranks, slots):
     result = plan(

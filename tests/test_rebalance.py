@@ -23,6 +23,8 @@ from tests.moving_cases import (
 )
 from tests.tiny_model import counted_compilations
 
+pytestmark = pytest.mark.light_compile
+
 L, E, S, RANKS = 2, 8, 12, 4
 MODULE = sys.modules["jax_eplb.moving.rebalance"]  # the package has the function by this name
 
@@ -48,8 +50,8 @@ def move_again_and_again(number, layers, experts, slots, ranks, *, seed, **optio
 
 # Layers, experts, slots; of each layer a table of its own.
 MANY = [
-    (8, 6, 8, {"collective": True, "slots_at_once": 16}),
-    (5, 16, 24, {"collective": True, "slots_at_once": 4}),
+    pytest.param(8, 6, 8, {"collective": True, "slots_at_once": 16}, marks=pytest.mark.slow),
+    pytest.param(5, 16, 24, {"collective": True, "slots_at_once": 4}, marks=pytest.mark.slow),
     (1, 8, 8, {}),
     (2, 8, 16, {"slots_at_once": 1}),
 ]
@@ -288,9 +290,3 @@ def test_layers_without_banks_and_bounds_of_nothing_are_refused():
         rebalance(trees, of(old, layer_ids=(3, 5)), of(new, layer_ids=(3, 5)))
     with pytest.raises(ValueError, match="slots_at_once is 0"):
         rebalance(stacked_tree(old, E, expert_mesh(RANKS)), of(old), of(new), slots_at_once=0)
-
-
-def test_the_package_has_the_function_by_its_name():
-    import jax_eplb.rebalance  # the part of the package that balances while a model runs
-
-    assert jax_eplb.rebalance is rebalance

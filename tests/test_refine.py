@@ -2,12 +2,15 @@ import itertools
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jax_eplb.planner.changes import Limits
 from jax_eplb.planner.refine import refine
 from tests.greedy_reference import duplicates, greedy_plan, imbalance_of, rank_load_of
+
+pytestmark = pytest.mark.light_compile
 
 
 def refined(slots, load, num_ranks, max_rounds=16, **options):
@@ -104,6 +107,7 @@ def test_a_swap_that_would_bring_an_expert_together_with_itself_is_not_taken():
     np.testing.assert_array_equal(refined(slots, load, 2), slots)
 
 
+@pytest.mark.slow
 @given(placements(), st.integers(0, 12))
 def test_replacements_keep_every_expert_and_lower_the_fullest_rank(problem, max_moves):
     load, slots, num_ranks = problem
@@ -129,12 +133,14 @@ def test_a_replacement_gives_a_hot_expert_a_slot_of_one_that_needs_none():
     assert largest(load, result, 2).tolist() == [8 / 2 + 4] or result.tolist() == [[0, 1, 2, 0]]
 
 
+@pytest.mark.slow
 def test_a_slow_rank_gets_less():
     load, slots = np.array([[4, 4, 2, 2]]), np.array([[0, 1, 2, 3]])
     limits = Limits(jnp.array([1.0, 2.0]))
     assert rank_load_of(load, refined(slots, load, 2, limits=limits), 2).tolist() == [[4, 8]]
 
 
+@pytest.mark.slow
 def test_experts_far_from_home_cost():
     # Swapping 0 and 2 would balance, and put both on the other's node.
     load, slots = np.array([[4, 4, 2, 2]]), np.array([[0, 1, 2, 3]])
@@ -145,6 +151,7 @@ def test_experts_far_from_home_cost():
         assert (result != slots).sum() == moves
 
 
+@pytest.mark.slow
 def test_no_swap_puts_all_replicas_on_one_node():
     # Four ranks of two nodes; the best swap would bring 0's second replica next to its first.
     load, slots = np.array([[8, 9, 1, 1, 6]]), np.array([[0, 2, 3, 1, 0, 1, 4, 2]])

@@ -5,10 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jax_eplb.planner.replan import count_moves, keep_places, repair, replan, replan_over_nodes
 from tests.greedy_reference import duplicates, imbalance_of
 from tests.placement_cases import random_table, random_tables_without_duplicates
+
+pytestmark = pytest.mark.light_compile
 
 # As many layers in every call.
 E, S, P, L = 6, 12, 4, 24
@@ -28,6 +31,7 @@ def repaired(table, load, dead=None):
     return np.asarray(repair(load, table, num_ranks=P, capacity=capacity)).reshape(L, P, -1)
 
 
+@pytest.mark.slow
 def test_no_more_slots_change_than_allowed_and_no_layer_gets_worse():
     table, load = problem()
     most = np.arange(L, dtype=np.int32) % 7
@@ -98,6 +102,7 @@ def test_a_whole_placement_needs_no_repair():
     np.testing.assert_array_equal(repaired(table, load), table.reshape(L, P, -1))
 
 
+@pytest.mark.slow
 def test_experts_leave_home_only_where_that_is_worth_its_price():
     # Swapping 0 and 2 lowers the imbalance by 1/3, and then half of the tokens are away.
     table = jnp.array([[0, 1, 2, 3]])

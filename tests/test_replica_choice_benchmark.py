@@ -7,6 +7,8 @@ import pytest
 
 from benchmarks.replica_choice import POLICIES, least_largest_load, main, spread
 
+pytestmark = pytest.mark.light_compile
+
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
@@ -20,6 +22,7 @@ def file(tmp_path_factory):
 SIZE = ["--ranks", "4", "--slots", "8", "--effort", "fast", "--windows", "2"]
 
 
+@pytest.mark.slow
 def test_json_is_a_row_for_each_policy_and_balanced_reaches_the_optimum(file, capsys):
     assert main(["--recordings", file, *SIZE, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
@@ -33,6 +36,7 @@ def test_json_is_a_row_for_each_policy_and_balanced_reaches_the_optimum(file, ca
     assert even["local"] < balanced["local"] <= local["local"]
 
 
+@pytest.mark.slow
 def test_without_json_it_prints_a_table(file, capsys):
     assert main(["--recordings", file, *SIZE]) == 0
     printed = capsys.readouterr().out

@@ -15,6 +15,8 @@ from tests.moving_cases import (
     tables,
 )
 
+pytestmark = pytest.mark.light_compile
+
 L, E = 2, 8
 IDS = (3, 4)
 

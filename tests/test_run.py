@@ -12,14 +12,18 @@ from jax_eplb.models.weights import save_decoder
 from tests.command_line import fail, succeed
 from tests.tiny_model import CONFIG, tiny_decoder
 
-# Prompts and output lengths of the file's lines; one is of ids.
+pytestmark = pytest.mark.light_compile
+
+# Prompts and output lengths of the file's lines; one is of ids, and one of as many tokens as a
+# sequence of `test_engine` may have, so that both compile the same steps.
 REQUESTS = [
     {"prompt": "To be", "output_length": 4},
     {"prompt": "for i in range", "output_length": 1},
     {"token_ids": [1, 2, 3], "output_length": 6},
-    {"prompt": "2 + 2", "output_length": 3},
+    {"prompt": "2 + 2", "output_length": 27},
     {"prompt": "A", "output_length": 5},
 ]
+WRITTEN = sum(r["output_length"] for r in REQUESTS)
 READ = sum(len(r.get("prompt", "abc")) + r["output_length"] - 1 for r in REQUESTS)
 
 
@@ -46,6 +50,7 @@ def written(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_every_line_gets_its_tokens_and_a_balanced_run_writes_the_same(capsys, folder, tmp_path):
     outputs = {}
     for name, options in {"initial": [], "plan": ["--load-balancer", folder / "plan.yaml"]}.items():
@@ -63,7 +68,7 @@ def test_json_is_one_object_of_throughput_and_report(capsys, folder):
     figures = json.loads(succeed(capsys, *arguments(folder), "--json"))
     assert set(figures) == {"throughput", "report"}
     assert figures["throughput"]["requests"] == len(REQUESTS)
-    assert figures["throughput"]["output_tokens"] == 19
+    assert figures["throughput"]["output_tokens"] == WRITTEN
     assert figures["report"]["layers"].keys() == {"1", "2"}
     assert (figures["report"]["basis"], figures["report"]["ranks"]) == ("measured", 4)
     assert figures["report"]["tokens"] == READ
@@ -73,9 +78,10 @@ def test_text_has_the_table_and_the_throughput(capsys, folder):
     lines = succeed(capsys, *arguments(folder)).splitlines()
     assert lines[0].split() == ["layer", "mean", "std", "imbalance"]
     assert lines[3].startswith("average")
-    assert lines[-1].startswith("5 requests, 19 output tokens in ")
+    assert lines[-1].startswith(f"5 requests, {WRITTEN} output tokens in ")
 
 
+@pytest.mark.slow
 def test_all_is_recorded_and_read_again(capsys, folder, tmp_path):
     options = ["--load-balancer", folder / "plan.yaml", "--record", tmp_path / "run.npz"]
     succeed(capsys, *arguments(folder), *options)
@@ -87,6 +93,7 @@ def test_all_is_recorded_and_read_again(capsys, folder, tmp_path):
     assert (kept.placement.num_slots, kept.layer_ids, kept.experts_per_token) == (32, (1, 2), 3)
 
 
+@pytest.mark.slow
 def test_a_range_goes_to_a_directory_that_plan_and_report_read(capsys, folder, tmp_path):
     directory = tmp_path / "statistics"
     options = ["--record", directory, "--record-iters", "1-3"]
@@ -94,7 +101,8 @@ def test_a_range_goes_to_a_directory_that_plan_and_report_read(capsys, folder, t
     assert figures["report"]["iterations"] == 2
     assert load_recording(directory).iterations == (1, 2)
     plan = tmp_path / "plan.yaml"
-    succeed(capsys, "plan", directory, "--ep-size", 4, "--num-slots", 32, "-o", plan)
+    sizes = ["--ep-size", 4, "--num-slots", 32, "--effort", "fast"]
+    succeed(capsys, "plan", directory, *sizes, "-o", plan)
     report = succeed(capsys, "report", directory, "--ep-size", 4, "--load-balancer", plan, "--json")
     assert json.loads(report)["basis"] == "predicted"
     succeed(capsys, *arguments(folder), "--load-balancer", plan)

@@ -6,6 +6,8 @@ import pytest
 
 from jax_eplb.planner.scenarios import draw_scenarios, enough_scenarios, power_mean
 
+pytestmark = pytest.mark.light_compile
+
 W, L, E = 3, 2, 5
 NUM = 7
 

@@ -12,6 +12,8 @@ from jax_eplb.planner.score import even_heights, score_balanced, score_even
 from tests.greedy_reference import imbalance_of
 from tests.placement_cases import random_table
 
+pytestmark = pytest.mark.light_compile
+
 W, L, E, S, P = 3, 2, 6, 9, 3
 CAPACITY = [1.0, 2.0, 0.0]
 

@@ -10,6 +10,8 @@ from scipy.optimize import linprog
 from jax_eplb.placement import Placement
 from jax_eplb.split import balanced_split, count_replicas, even_split, rank_load, sum_by_rank
 
+pytestmark = pytest.mark.light_compile
+
 SLOTS = np.array([[0, 1, 2, 0, 3, 0, 1, 2], [3, 2, 1, 0, 3, 3, 0, 3]])  # [L, S], E = 4
 counts = arrays(np.int64, (3, 2, 4), elements=st.integers(0, 10**9))
 

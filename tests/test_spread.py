@@ -9,6 +9,8 @@ from jax_eplb.planner.spread import at_risk, spread_over_nodes
 from tests.greedy_reference import duplicates
 from tests.placement_cases import random_tables_without_duplicates, risk_by_counting
 
+pytestmark = pytest.mark.light_compile
+
 # Four ranks on two nodes; as many layers in every call.
 E, S, P, Q, L = 6, 12, 4, 2, 24
 HALVES = [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5]  # all replicas of each expert on one node

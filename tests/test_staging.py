@@ -20,6 +20,8 @@ from jax_eplb.moving.rows import read_rows, write_rows
 from tests.moving_cases import assert_holds, layer_trees, put, stacked_tree, tables
 from tests.tiny_model import counted_compilations
 
+pytestmark = pytest.mark.light_compile
+
 L, E, S, RANKS = 2, 8, 12, 4
 
 

@@ -14,6 +14,8 @@ from jax_eplb.serving.step import AXIS, Rows, State, Statics, run_step
 from tests.small_decoder import Runner, default_placement
 from tests.tiny_model import CONFIG, tiny_decoder
 
+pytestmark = pytest.mark.light_compile
+
 RANKS, SEATS, WIDTH, CAPACITY = 2, 4, 4, 8  # two seats and two rows a rank
 PLACEMENT = default_placement(CONFIG, CONFIG.num_experts, RANKS)
 # Above any difference of logits: what is sampled is then the noise's maximum.
@@ -63,6 +65,7 @@ def logits() -> np.ndarray:
     return np.asarray(Runner(PLACEMENT, CONFIG)(prompts_of())[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0, 0.5, 2])
 def test_the_token_has_the_largest_logit_plus_temperature_times_noise(temperature):
     lengths, seeds = np.array([4, 1, 2, 3]), [5, 6, 7, 8]

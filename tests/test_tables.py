@@ -1,10 +1,13 @@
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given
 
 from jax_eplb import Placement
 from jax_eplb.tables import derive_tables, max_replicas, max_replicated_slots
 from tests.placement_cases import random_table, seeds, sizes
+
+pytestmark = pytest.mark.light_compile
 
 
 @given(sizes, seeds)

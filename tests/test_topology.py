@@ -16,6 +16,8 @@ from jax_eplb.planner.topology import (
     nodes_in_force,
 )
 
+pytestmark = pytest.mark.light_compile
+
 # Two experts in each of six groups, on two nodes; as many layers in every call.
 E, G, Q, L = 12, 6, 2, 24
 SIZES = {"num_experts": E, "num_groups": G, "num_nodes": Q}

@@ -13,6 +13,8 @@ from jax_eplb.models import parameters
 from jax_eplb.models.training import Trainer, TrainingConfig, corpus, draw
 from tests.small_decoder import SMALL, drawn_on_host
 
+pytestmark = pytest.mark.light_compile
+
 # One layer of each sort compiles faster, and one kind of text repeats itself so that it is learnt.
 CONFIG = dataclasses.replace(SMALL, num_layers=2)
 TRAINING = TrainingConfig(
@@ -121,6 +123,7 @@ def test_the_losses_are_of_the_step_before_the_update():
     assert float(first_losses(jnp.float32).nats) == pytest.approx(unbroken()[1][0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_every_choice_is_counted_and_the_balance_loss_is_near_one_for_an_even_load():
     losses = first_losses(jnp.float32)
     assert losses.expert_tokens.sum(axis=1).tolist() == [8 * 12 * CONFIG.experts_per_token]
@@ -163,6 +166,7 @@ def test_passages_are_a_function_of_seed_and_step():
     assert drawn[0] != drawn[3]
 
 
+@pytest.mark.slow
 def test_a_passage_is_a_stretch_of_one_kind_of_text_and_kinds_have_their_shares():
     passages = np.asarray(draw(trainer(1)[3], 0, jnp.int32(0), 2000, 12), np.uint8)
     assert passages.shape == (2000, 13)

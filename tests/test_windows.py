@@ -11,6 +11,8 @@ from jax_eplb.planner.windows import refine_windows
 from tests.greedy_reference import duplicates
 from tests.placement_cases import random_tables_without_duplicates
 
+pytestmark = pytest.mark.light_compile
+
 # Every limit given, and as many layers in every call: one compilation.
 W, L, E, S, P = 5, 24, 6, 12, 4
 ALIKE = (1.0,) * P

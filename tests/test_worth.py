@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jax_eplb.rebalance.worth import Costs, seconds_saved, seconds_to_move, worth_moving
+from jax_eplb.online.worth import Costs, seconds_saved, seconds_to_move, worth_moving
 
 COSTS = Costs(seconds_per_token=2e-6, bytes_per_second=5e8, bytes_per_slot=1_000_000)
 

@@ -33,10 +33,10 @@ from jax_eplb.formats import save_placement, save_recording
 from jax_eplb.load import Recording
 from jax_eplb.mesh import expert_mesh, simulate_devices
 from jax_eplb.models.weights import load_decoder
+from jax_eplb.online import BalancerConfig, Event, JsonLines, LayerUpdate
 from jax_eplb.placement import Placement, check_sizes
 from jax_eplb.planner import plan
 from jax_eplb.plot import plot_over_time
-from jax_eplb.rebalance import BalancerConfig, Event, JsonLines, LayerUpdate
 from jax_eplb.report import rank_tokens
 from jax_eplb.routing import Ranks
 from jax_eplb.routing.balanced import balanced_share

@@ -20,8 +20,8 @@ from jax_eplb.load import Recorder, Recording
 from jax_eplb.mesh import expert_mesh, simulate_devices
 from jax_eplb.models import DecoderConfig
 from jax_eplb.models.weights import load_model
+from jax_eplb.online import Balancer, BalancerConfig, JsonLines, Listener
 from jax_eplb.placement import Placement
-from jax_eplb.rebalance import Balancer, BalancerConfig, JsonLines, Listener
 from jax_eplb.report import build_report
 from jax_eplb.serving import Engine, Request, RunResult, ServingConfig, Throughput, read_requests
 
@@ -149,7 +149,7 @@ def _listeners(arguments: argparse.Namespace, open_files: contextlib.ExitStack) 
         listeners.append(open_files.enter_context(JsonLines(arguments.events)))
     if arguments.prometheus_port is not None:
         try:
-            from jax_eplb.rebalance import prometheus
+            from jax_eplb.online import prometheus
         except ImportError as error:
             raise ValueError(f"--prometheus-port: {error}") from None
         open_files.enter_context(prometheus.served(arguments.prometheus_port))

@@ -17,8 +17,8 @@ from jax_eplb.load import Recorder
 from jax_eplb.models import Cache, parameters
 from jax_eplb.models.weights import SavedDecoder
 from jax_eplb.moving import RebalanceError, find_banks, prepare_moves, rebalance
+from jax_eplb.online import Balancer, BalancerConfig, Listener
 from jax_eplb.placement import Placement
-from jax_eplb.rebalance import Balancer, BalancerConfig, Listener
 from jax_eplb.serving.calibrate import seconds_per_token
 from jax_eplb.serving.request import Request
 from jax_eplb.serving.schedule import Schedule, StepPlan, Throughput

@@ -1,6 +1,6 @@
 """What the balancer tells: events as frozen values, and those who hear them.
 
-A listener is any function of an event. `log_event` writes to the logger `jax_eplb.rebalance`, one
+A listener is any function of an event. `log_event` writes to the logger `jax_eplb.online`, one
 JSON object a line; `JsonLines` writes them to a file; `prometheus.BalancerMetrics` counts them.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_logger = logging.getLogger("jax_eplb.rebalance")
+_logger = logging.getLogger("jax_eplb.online")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 import numpy as np
 
 from jax_eplb import metrics
-from jax_eplb.rebalance.events import LayerUpdate
+from jax_eplb.online.events import LayerUpdate
 
 # Iterations that a mean before or after an update is taken over, where there are as many.
 _WINDOW = 10

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from jax_eplb.rebalance.errors import DigestMismatch
+from jax_eplb.online.errors import DigestMismatch
 
 # From this process's values to those of all processes, [processes, ...].
 Gather = Callable[[np.ndarray], np.ndarray]

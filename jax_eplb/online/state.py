@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jax_eplb import metrics
+from jax_eplb.online.config import BalancerConfig
 from jax_eplb.placement import Placement
-from jax_eplb.rebalance.config import BalancerConfig
 
 # A look that found nothing is not repeated in the next 1, 2, 4, ... turns of the layer, unless its
 # measured imbalance has grown by this part and this much.

@@ -31,16 +31,16 @@ from jax_eplb.moving import (
     prepare_moves,
     stage_moves,
 )
+from jax_eplb.online.config import BalancerConfig
+from jax_eplb.online.decide import Served
+from jax_eplb.online.digest import Gather, check_agreement, from_first_process
+from jax_eplb.online.errors import BalancerError, DigestMismatch
+from jax_eplb.online.events import Event, Listener, Stall, log_event
+from jax_eplb.online.measure import bytes_of_slot, measure_bytes_per_second
+from jax_eplb.online.state import BalancerState, looks_after
+from jax_eplb.online.worker import SLOTS_AT_ONCE, Outcome, Update, Worker, failure
+from jax_eplb.online.worth import Costs
 from jax_eplb.placement import Placement
-from jax_eplb.rebalance.config import BalancerConfig
-from jax_eplb.rebalance.decide import Served
-from jax_eplb.rebalance.digest import Gather, check_agreement, from_first_process
-from jax_eplb.rebalance.errors import BalancerError, DigestMismatch
-from jax_eplb.rebalance.events import Event, Listener, Stall, log_event
-from jax_eplb.rebalance.measure import bytes_of_slot, measure_bytes_per_second
-from jax_eplb.rebalance.state import BalancerState, looks_after
-from jax_eplb.rebalance.worker import SLOTS_AT_ONCE, Outcome, Update, Worker, failure
-from jax_eplb.rebalance.worth import Costs
 from jax_eplb.tables import PlacementTables
 
 _STALLS_KEPT = 100_000

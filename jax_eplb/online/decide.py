@@ -10,10 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_eplb.planner import Plan, plan
-from jax_eplb.planner.score import score_balanced, score_even
-from jax_eplb.rebalance.config import BalancerConfig
-from jax_eplb.rebalance.state import (
+from jax_eplb.online.config import BalancerConfig
+from jax_eplb.online.state import (
     BalancerState,
     choose_layers,
     is_balanced_enough,
@@ -21,7 +19,9 @@ from jax_eplb.rebalance.state import (
     note_looks,
     pass_over_quiet,
 )
-from jax_eplb.rebalance.worth import Costs, seconds_saved, seconds_to_move, worth_moving
+from jax_eplb.online.worth import Costs, seconds_saved, seconds_to_move, worth_moving
+from jax_eplb.planner import Plan, plan
+from jax_eplb.planner.score import score_balanced, score_even
 
 # The planner leaves a placement as it is where less imbalance than this could be gained, so there
 # is no need to ask it.

@@ -14,7 +14,7 @@ try:
 except ImportError as error:
     raise ImportError("prometheus_client is not installed; install jax-eplb[prometheus]") from error
 
-from jax_eplb.rebalance.events import Event, Failure, LayerUpdate, Look, Stall, StepSeen
+from jax_eplb.online.events import Event, Failure, LayerUpdate, Look, Stall, StepSeen
 
 _SECONDS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1, 3)
 

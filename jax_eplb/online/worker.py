@@ -16,14 +16,14 @@ import numpy as np
 
 from jax_eplb import metrics
 from jax_eplb.moving import Moves, find_moves
+from jax_eplb.online.config import BalancerConfig
+from jax_eplb.online.decide import Decision, Served, decide, prepare_decisions
+from jax_eplb.online.effect import Effects
+from jax_eplb.online.events import Event, Failure, LayerUpdate, Look, StepSeen
+from jax_eplb.online.parts import in_parts
+from jax_eplb.online.state import choose_layers, initial_state, looks_after, observe
+from jax_eplb.online.worth import Costs
 from jax_eplb.placement import Placement
-from jax_eplb.rebalance.config import BalancerConfig
-from jax_eplb.rebalance.decide import Decision, Served, decide, prepare_decisions
-from jax_eplb.rebalance.effect import Effects
-from jax_eplb.rebalance.events import Event, Failure, LayerUpdate, Look, StepSeen
-from jax_eplb.rebalance.parts import in_parts
-from jax_eplb.rebalance.state import choose_layers, initial_state, looks_after, observe
-from jax_eplb.rebalance.worth import Costs
 from jax_eplb.tables import PlacementTables, derive_tables
 
 # Rows of a rank that one program moves. More are moved by several, since each size is compiled.
