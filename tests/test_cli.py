@@ -11,7 +11,7 @@ from jax_eplb.cli import build_parser, main
 from tests.command_line import fail, skewed_counts, skewed_recording, write_statistics
 
 
-@pytest.mark.parametrize("command", ["demo", "report", "plan", "run", "reshard"])
+@pytest.mark.parametrize("command", ["demo", "report", "plan", "run", "reshard", "convert"])
 def test_each_command_explains_itself(capsys, command):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
@@ -39,6 +39,10 @@ def test_each_command_explains_itself(capsys, command):
         (["demo", "--batches", "0"], "'0' is not an integer of 1 or more"),
         (["demo", "--online", "--iterations", "0"], "'0' is not an integer of 1 or more"),
         (["run", "--window-size", "0"], "'0' is not an integer of 1 or more"),
+        (["convert", "a.yaml", "b.json"], "required: --to"),
+        (["convert", "a.yaml", "b.json", "--to", "tgi"], "invalid choice: 'tgi'"),
+        (["convert", "a", "b", "--to", "vllm", "--layers", "5-3"], "names no layer"),
+        (["convert", "a", "b", "--to", "vllm", "--layers", "1-99999"], "are more than 10000"),
         (["demo", "--colour"], "unrecognized arguments: --colour"),
     ],
 )

@@ -1,16 +1,13 @@
-"""SGLang's `.pt` and SGLang-JAX's `.npy`. The `.pt` files are written by hand, without torch."""
+"""SGLang's `.pt` and `.json` files. The `.pt` files are written by hand, without torch."""
 
-import contextlib
-import io
+import json
 import pickle
 import zipfile
 
-import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given, settings
 
-from jax_eplb.formats.sglang import load_npy, load_pt, save_npy
+from jax_eplb.formats.sglang import load_json, load_pt, save_placement, save_recording
 from jax_eplb.load import Recording
 from jax_eplb.placement import Placement
 
@@ -123,122 +120,78 @@ def test_a_pt_file_of_another_thing_is_refused(tmp_path):
         load_pt(tmp_path / "a.pt")
 
 
-def test_sglang_jaxs_dict_is_read(tmp_path):
-    counts = _counts()[0]
-    counts[:2] = 0
-    np.save(
-        tmp_path / "a.npy",
-        np.array({"logical_count": counts, "timestamp": "20260101_1200"}, object),
-    )
-    recording = load_npy(tmp_path / "a.npy")
-    np.testing.assert_array_equal(recording.counts, counts[None, 2:])
-    assert recording.layer_ids == (2, 3)
-
-
-def test_a_plain_array_is_taken_as_it_is(tmp_path):
-    counts = _counts()
-    counts[0, 1] = 0
-    counts[2] = 0
-    np.save(tmp_path / "a.npy", counts)
-    np.testing.assert_array_equal(load_npy(tmp_path / "a.npy").counts, counts)
-    np.save(tmp_path / "b.npy", counts[0])
-    assert load_npy(tmp_path / "b.npy").counts.shape == (1, 4, 5)
-
-
-@given(st.lists(st.integers(0, 2**50), min_size=12, max_size=12))
-@settings(derandomize=True, deadline=None, max_examples=20)
-def test_counts_written_are_read_back(tmp_path_factory, counts):
-    path = tmp_path_factory.mktemp("npy") / "a.npy"
-    recording = Recording(np.array(counts).reshape(2, 2, 3), 3, 2)
-    save_npy(recording, path)
-    np.testing.assert_array_equal(load_npy(path).counts, recording.counts)
-    np.testing.assert_array_equal(np.load(path), recording.counts)
-
-
-def test_counts_by_slot_are_written_by_expert(tmp_path):
-    placement = Placement.from_slots([[1, 0, 2, 1]], num_experts=3, num_ranks=2)
-    recording = Recording(np.array([[[1, 2, 3, 4]]]), 3, 1, "slots", placement=placement)
-    save_npy(recording, tmp_path / "a.npy")
-    assert np.load(tmp_path / "a.npy").tolist() == [[[2, 5, 3]]]
-    unknown = Recording(np.array([[[1, 2, 3, 4]]]), 3, 1, "slots")
-    with pytest.raises(ValueError, match="which expert sat in a slot is not recorded"):
-        save_npy(unknown, tmp_path / "b.npy")
-    assert not (tmp_path / "b.npy").exists()
-
-
-def test_more_counts_than_experts_are_slots(tmp_path):
-    np.save(tmp_path / "a.npy", _counts())
-    recording = load_npy(tmp_path / "a.npy", num_experts=4)
-    assert (recording.unit, recording.num_experts) == ("slots", 4)
-    assert load_npy(tmp_path / "a.npy", unit="slots").unit == "slots"
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (np.ones((1, 2, 3)), r"a\.npy: the counts are float64; expected integers"),
-        (np.ones((1, 2, 3), bool), r"a\.npy: the counts are bool"),
-        (np.ones(3, int), r"a\.npy: the counts have shape \(3,\)"),
-        (np.ones((2, 0, 3), int), r"a\.npy: "),
-        (-_counts(), r"a\.npy: iteration 2, layer 3, expert 4: negative count -60"),
-        (np.array([{}, {}]), r"a\.npy: an array \(2,\) of objects"),
-        (np.array(None), r"a\.npy: holds a NoneType, expected a dict"),
-        ({"counts": 1}, r"a\.npy: no 'logical_count'; it holds \['counts'\]"),
-        ({"logical_count": "x"}, r"a\.npy: logical_count is a str"),
-        ({"logical_count": np.ones((1, 2))}, r"a\.npy: logical_count: the counts are float64"),
-        ({"logical_count": np.array([{}, 1])}, r"a\.npy: array 'logical_count' is damaged"),
-        ({"logical_count": np.ones(2, "M8[s]")}, r"a\.npy: array 'logical_count' is damaged"),
-    ],
-)
-def test_each_fault_of_a_npy_file_has_its_message(tmp_path, content, message):
-    np.save(tmp_path / "a.npy", np.asarray(content))
-    with pytest.raises(ValueError, match=message):
-        load_npy(tmp_path / "a.npy")
-
-
-class _Evil:
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return open, (str(self.mark), "w")
-
-
-def test_a_pickled_call_is_refused(tmp_path):
-    np.save(tmp_path / "a.npy", np.array({"logical_count": _Evil(tmp_path / "mark")}, object))
-    with pytest.raises(ValueError, match=r"a\.npy: refused to load (_?io)\.open"):
-        load_npy(tmp_path / "a.npy")
-    assert not (tmp_path / "mark").exists()
-
-
 def test_a_missing_file_is_named(tmp_path):
-    for load in (load_npy, load_pt):
+    for load in (load_json, load_pt):
         with pytest.raises(ValueError, match="gone: no such file"):
             load(tmp_path / "gone")
 
 
-@pytest.mark.parametrize("content", [_counts(), {"logical_count": _counts()}])
-def test_every_truncation_of_a_npy_file_is_refused(tmp_path, content):
-    path = tmp_path / "a.npy"
-    np.save(path, np.asarray(content))
-    whole = path.read_bytes()
-    for size in range(0, len(whole), 5):
-        path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"a\.npy: "):
-            load_npy(path)
+def test_counts_are_read_from_json(tmp_path):
+    counts = _counts()
+    counts[:, 0] = 0
+    (tmp_path / "a.json").write_text(json.dumps({"logical_count": counts.tolist()}))
+    recording = load_json(tmp_path / "a.json", experts_per_token=2)
+    np.testing.assert_array_equal(recording.counts, counts[:, 1:])
+    assert (recording.layer_ids, recording.experts_per_token) == ((1, 2, 3), 2)
+    (tmp_path / "a.json").write_text(json.dumps({"logical_count": counts[1].tolist()}))
+    np.testing.assert_array_equal(load_json(tmp_path / "a.json").counts, counts[1:2, 1:])
 
 
-# numpy takes a damaged header for one that Python 2 wrote, and tries that.
-@pytest.mark.filterwarnings("ignore:Reading `.npy` or `.npz` file required:UserWarning")
-@given(st.lists(st.tuples(st.integers(0), st.integers(0, 255)), min_size=1, max_size=3))
-@settings(derandomize=True, deadline=None, max_examples=150)
-def test_damaged_bytes_are_refused_or_read_never_worse(tmp_path_factory, changes):
-    path = tmp_path_factory.mktemp("npy") / "a.npy"
-    buffer = io.BytesIO()
-    np.save(buffer, np.array({"logical_count": _counts()}, object))
-    data = bytearray(buffer.getvalue())
-    for place, byte in changes:
-        data[place % len(data)] = byte
-    path.write_bytes(bytes(data))
-    with contextlib.suppress(ValueError):  # any other error would be a fault of the reader
-        load_npy(path)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "unparsable JSON"),
+        ("[1", "unparsable JSON"),
+        ("[" * 100_000, "unparsable JSON"),
+        ("[1]", "holds a list, expected a dict"),
+        ("{}", "no 'logical_count'; it holds "),
+        ('{"logical_count": [[1]], "logical_count": [[2]]}', "'logical_count' stands twice"),
+        ('{"logical_count": []}', r"logical_count: \[\] is no list of integers"),
+        ('{"logical_count": [[1, 2], [3]]}', "logical_count: lists of unequal length"),
+        ('{"logical_count": [[1, 2], 3]}', r"logical_count: \[\[1, 2\], 3\] is no list"),
+        ('{"logical_count": [[[[1]]]]}', r"logical_count: \[\[1\]\] is no list of integers"),
+        ('{"logical_count": [[1, true]]}', r"logical_count: \[1, True\] is no list"),
+        ('{"logical_count": [["a", 1]]}', r"logical_count: \['a', 1\] is no list"),
+        ('{"logical_count": [[1, 1e5]]}', r"logical_count: \[1, 100000.0\] is no list"),
+        ('{"logical_count": [[1, 99999999999999999999]]}', "logical_count: a count: too large"),
+        ('{"logical_count": [[1, -1]]}', "logical_count: iteration 0, layer 0, expert 1: negative"),
+    ],
+)
+def test_each_fault_of_a_json_file_has_its_message(tmp_path, text, message):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"a\.json: .*{message}"):
+        load_json(tmp_path / "a.json")
+
+
+def test_a_placement_has_a_row_for_each_layer_and_nothing_beside_them(tmp_path):
+    placement = Placement.from_slots([[2, 1, 0, 1]], num_experts=3, num_ranks=2, layer_ids=[1])
+    save_placement(placement, tmp_path / "a.json", num_layers=3)
+    expected = '{"physical_to_logical_map": [[0, 1, 2, 0], [2, 1, 0, 1], [0, 1, 2, 0]]}'
+    assert (tmp_path / "a.json").read_text() == expected
+    save_placement(placement, tmp_path / "b.json")
+    assert json.loads((tmp_path / "b.json").read_text())["physical_to_logical_map"][1:] == [
+        [2, 1, 0, 1]
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".pt"])
+def test_counts_written_are_read_back_under_their_layers(tmp_path, suffix):
+    counts = _counts(windows=2, layers=2)
+    recording = Recording(counts, 5, 2, layer_ids=(1, 3))
+    path = tmp_path / f"a{suffix}"
+    save_recording(recording, path, num_layers=6)
+    read = (load_pt if suffix == ".pt" else load_json)(path)
+    np.testing.assert_array_equal(read.counts, counts)
+    assert read.layer_ids == (1, 3)
+
+
+def test_what_sglang_would_not_read_is_not_written(tmp_path):
+    placement = Placement.default(num_experts=2, num_ranks=1, layer_ids=[4])
+    with pytest.raises(ValueError, match=r"a\.yaml: SGLang must be .* named \.json or \.pt"):
+        save_placement(placement, tmp_path / "a.yaml")
+    with pytest.raises(ValueError, match="said to have 4 layers, but the plan has layer 4; give 5"):
+        save_placement(placement, tmp_path / "a.json", num_layers=4)
+    slots = Recording(np.ones((1, 1, 4), int), 3, 1, "slots")
+    with pytest.raises(ValueError, match="which expert sat in a slot is not recorded"):
+        save_recording(slots, tmp_path / "a.pt")
+    assert not list(tmp_path.iterdir())

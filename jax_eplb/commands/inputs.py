@@ -7,10 +7,13 @@ from jax_eplb.formats import load_placement, load_recording
 from jax_eplb.formats.arrays import Options
 from jax_eplb.load import Recording
 
+_MAX_LAYERS = 10_000
+
 
 def read_recording(arguments: argparse.Namespace) -> Recording:
     """The recording that the options name, cut to their iterations."""
     options = Options()
+    options["unsafe_pickle"] = arguments.unsafe_pickle
     for name in ("unit", "num_experts", "experts_per_token"):
         value = getattr(arguments, name)
         if value is not None:
@@ -22,6 +25,7 @@ def read_recording(arguments: argparse.Namespace) -> Recording:
             arguments.active_load_balancer,
             num_ranks=arguments.recorded_ep_size,
             num_experts=arguments.num_experts,
+            unsafe_pickle=arguments.unsafe_pickle,
         )
     recording = load_recording(Path(arguments.recording), **options)
     recording = recording.between(arguments.iter_start, arguments.iter_stop)
@@ -30,13 +34,14 @@ def read_recording(arguments: argparse.Namespace) -> Recording:
     return recording
 
 
-def add_recording_options(parser: argparse.ArgumentParser) -> None:
-    """The options that `read_recording` reads."""
-    parser.add_argument(
-        "recording",
-        metavar="RECORDING",
-        help="a directory of TensorRT-LLM's statistics, or a .npz, .safetensors, .npy or .pt file",
-    )
+def add_recording_options(
+    parser: argparse.ArgumentParser,
+    metavar: str = "RECORDING",
+    description: str = "a directory of TensorRT-LLM's statistics, or a .npz, .safetensors, .npy, "
+    ".pt or .json file",
+) -> None:
+    """The options that `read_recording` reads, first of all the path."""
+    parser.add_argument("recording", metavar=metavar, help=description)
     parser.add_argument("--iter-start", type=whole, metavar="N", help="first iteration to use")
     parser.add_argument("--iter-stop", type=whole, metavar="N", help="first iteration not to use")
     parser.add_argument(
@@ -60,6 +65,12 @@ def add_recording_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--recorded-ep-size", type=positive, metavar="P", help="ranks of --active-load-balancer"
+    )
+    parser.add_argument(
+        "--unsafe-pickle",
+        action="store_true",
+        help="read a pickled .npy file, SGLang-JAX's; pickles can run code, so only from those "
+        "whom you trust",
     )
 
 
@@ -98,3 +109,21 @@ def parse_range(text: str) -> tuple[int, int | None]:
     if stop and int(stop) <= int(start):
         raise argparse.ArgumentTypeError(f"{text!r} is empty; the end is not included")
     return int(start), int(stop) if stop else None
+
+
+def parse_layers(text: str) -> list[int]:
+    """Layer ids of 0 or more: "3-60" for all from 3 to 60, "0,2-4".
+
+    >>> parse_layers("0,2-4")
+    [0, 2, 3, 4]
+    """
+    layers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        ends = whole(first), whole(last or first)
+        if ends[1] - ends[0] > _MAX_LAYERS:
+            raise argparse.ArgumentTypeError(f"{part!r} are more than {_MAX_LAYERS} layers")
+        layers += range(ends[0], ends[1] + 1)
+    if not layers:
+        raise argparse.ArgumentTypeError(f"{text!r} names no layer")
+    return layers

@@ -2,14 +2,25 @@
 
 import argparse
 import json
+from pathlib import Path
 
 from jax_eplb.commands.inputs import read_recording
-from jax_eplb.formats import load_placement
+from jax_eplb.commands.report_log import print_log
+from jax_eplb.formats import Kind, kind_of, load_balancedness, load_placement
 from jax_eplb.plot import plot_recording
 from jax_eplb.report import build_report
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if kind_of(Path(arguments.recording)) is Kind.UNKNOWN:
+        series = load_balancedness(arguments.recording)
+        if series:
+            for option in ("ep_size", "load_balancer", "plot", "per_expert"):
+                if getattr(arguments, option):
+                    name = option.replace("_", "-")
+                    raise ValueError(f"{arguments.recording}: a log, which --{name} cannot use")
+            print_log(series, arguments.json)
+            return
     recording = read_recording(arguments)
     placement = None
     if arguments.load_balancer is not None:
@@ -21,6 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
             num_ranks=num_ranks,
             num_experts=recording.num_experts,
             layer_ids=recording.layer_ids,
+            unsafe_pickle=arguments.unsafe_pickle,
         )
     report = build_report(
         recording,

@@ -18,6 +18,7 @@ class Options(TypedDict, total=False):
     num_experts: int | None
     experts_per_token: int | None
     active_placement: Placement | None  # in force while the counts were recorded
+    unsafe_pickle: bool  # whether a pickled `.npy` file may be read at all
 
 
 def check_options(options: Options) -> Options:

@@ -1,5 +1,7 @@
 """Our own recording file: everything a Recording holds, as one `.npz` or `.safetensors` file.
 
+A `.npy` file holds the counts by expert alone.
+
 Arrays: `counts` int64[W, L, E or S], `layer_ids` int64[L], `iterations` int64[W], and, where known,
 `rank_tokens` int64[W, L, P] and `slot_to_expert` int32[L, S]. The rest is a JSON object, "jax_eplb"
 in the metadata of a `.safetensors` file and the array `jax_eplb` of an `.npz` file: `format`,
@@ -41,6 +43,16 @@ def save_safetensors(recording: Recording, path: str | os.PathLike) -> None:
     metadata = {_METADATA: json.dumps(_metadata(recording))}
     with replacing(path) as file:
         file.write(safetensors.numpy.save(_arrays(recording), metadata))
+
+
+def save_npy(recording: Recording, path: str | os.PathLike) -> None:
+    """Write the counts by expert, int64[W, L, E], and nothing else, as a `.npy` file.
+
+    Raises ValueError where they are counts of slots whose placement is not known.
+    """
+    counts = recording.expert_counts()
+    with replacing(path) as file:
+        np.save(file, counts, allow_pickle=False)
 
 
 def load_npz(path: str | os.PathLike, **options: Unpack[Options]) -> Recording:

@@ -5,7 +5,9 @@ table; any other is refused, so nothing of the file's choosing is imported or ca
 table holds is immutable, because a pickle may also set attributes.
 """
 
+import io
 import pickle
+import pickletools
 import re
 import struct
 from collections import OrderedDict
@@ -29,6 +31,9 @@ _DAMAGE = (
     ValueError,
     struct.error,
 )
+
+# Values that a pickle may have however short it is.
+_MIN_VALUES = 1 << 20
 
 
 class PickleError(ValueError):
@@ -71,15 +76,60 @@ def load_pickle(
     """Read one pickle. `names` maps (module, name) to what stands for it here; the values must be
     immutable. `load_storage` answers persistent ids.
 
-    Raises PickleError, a ValueError, naming `path` where the pickle is damaged or asks for a name
-    that is not in the table.
+    Raises PickleError, a ValueError, naming `path` where the pickle is damaged, asks for memory
+    that its size does not account for, or for a name that is not in the table.
     """
+    data = file.read()
     try:
-        return _Unpickler(file, path, names, load_storage).load()
+        _check_sizes(data)
+        return _Unpickler(io.BytesIO(data), path, names, load_storage).load()
     except PickleError:
         raise
     except _DAMAGE as error:
         raise PickleError(f"{path}: damaged pickle ({type(error).__name__}: {error})") from error
+
+
+def _check_sizes(data: bytes) -> None:
+    """Raise UnpicklingError where a few bytes would take much more memory, or time, than there are.
+
+    The unpickler fills its memo up to the highest number that an opcode names, and reserves what a
+    string is said to be long: genops reads the same opcodes, and no more than there is. And a tuple
+    that holds another one twice, that a third one twice, and so on, has as many values as 2 to the
+    power of its depth, each of which is visited where it becomes a key of a dict. So the opcodes
+    are run here on counts of values alone.
+    """
+    if not data:
+        raise EOFError("no pickle at all")
+    limit = max(len(data), _MIN_VALUES)
+    stack: list[int | None] = []  # the values in each object, None for a mark
+    memo: dict[int, int | None] = {}
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            place = len(memo) if argument is None else argument
+            if place > len(data):
+                raise pickle.UnpicklingError(f"memo number {place} in {len(data)} bytes")
+            memo[place] = stack[-1]
+        elif opcode.name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[argument or 0])
+        elif opcode.name == "MARK":
+            stack.append(None)
+        else:
+            values = _take(opcode, stack)
+            if values > limit:
+                raise pickle.UnpicklingError(f"{values} values in {len(data)} bytes")
+            stack += [values] * len(opcode.stack_after)
+
+
+def _take(opcode: pickletools.OpcodeInfo, stack: list[int | None]) -> int:
+    """Take what the opcode takes from the stack; the values in it, and one more."""
+    taken: list[int | None] = []
+    fixed = len(opcode.stack_before)
+    if pickletools.markobject in opcode.stack_before:
+        fixed = opcode.stack_before.index(pickletools.markobject)
+        while (top := stack.pop()) is not None:
+            taken.append(top)
+    taken += [stack.pop() for _ in range(fixed)]
+    return 1 + sum(values or 0 for values in taken)
 
 
 class PickledDtype:
@@ -95,6 +145,8 @@ class PickledDtype:
         self.order = state[1]
 
     def dtype(self) -> np.dtype:
+        if not (isinstance(self.order, str) and isinstance(self.code, str)):
+            raise ValueError("a dtype whose name is no text")
         name = f"{self.order}{self.code}"
         if not re.fullmatch(r"[<>=|][biuf]\d+", name):
             raise ValueError(f"dtype {name} is not read from a pickle")

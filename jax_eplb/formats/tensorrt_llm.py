@@ -8,6 +8,7 @@ Axes: L layers, E experts, S slots, P ranks.
 """
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,24 @@ from typing import Any
 import numpy as np
 import yaml
 
-from jax_eplb.formats.files import check_file, prefixing, replacing
+from jax_eplb.formats.files import DAMAGE, brief, check_file, prefixing, read_limited, replacing
+from jax_eplb.formats.slot_tables import SlotTable, check_row, is_integer
 from jax_eplb.formats.tensorrt_llm_statistics import load_recording as load_recording
 from jax_eplb.formats.tensorrt_llm_statistics import save_recording as save_recording
-from jax_eplb.placement import Placement, check_sizes
+from jax_eplb.placement import Placement
 
-_KEYS = ("num_slots", "initial_global_assignments", "layer_updates_per_iter")
+ASSIGNMENTS = "initial_global_assignments"
+_KEYS = ("num_slots", ASSIGNMENTS, "layer_updates_per_iter")
+# A plan of 100 layers of 1024 slots has half a megabyte; YAML takes 180 bytes and more of memory
+# for each byte of a file.
+_MAX_BYTES = 4 << 20
+_MAX_SLOTS = 1 << 20
 
 
 def load_placement(
     source: Any,
     *,
-    num_ranks: int,
+    num_ranks: int | None,
     num_experts: int | None = None,
     layer_ids: Sequence[int] | None = None,
 ) -> Placement:
@@ -42,27 +49,21 @@ def load_placement(
     (3,)
     """
     place, config = _read_config(source)
-    unknown = next((key for key in config if key not in _KEYS), None)
-    if unknown is not None:
-        raise ValueError(f"{place}: unknown key {unknown!r}; the keys are {', '.join(_KEYS)}")
     with prefixing(place):
-        num_slots = _check_num_slots(config.get("num_slots"))
-        _check_updates(config.get("layer_updates_per_iter", 0))
-        assignments = config.get("initial_global_assignments")
-        if assignments is None or (isinstance(assignments, Mapping) and not assignments):
-            return _default(num_slots, num_ranks, num_experts, layer_ids)
-        rows = _check_assignments(assignments, num_slots)
-        if num_experts is None:
-            num_experts = max(map(max, rows.values())) + 1
-        check_sizes(num_experts, num_slots, num_ranks)
-        ids = sorted(rows) if layer_ids is None else [int(layer) for layer in layer_ids]
-        _check_layers(rows, ids)
-        return Placement.from_slots(
-            [rows[layer] for layer in ids],
-            num_experts=num_experts,
-            num_ranks=num_ranks,
-            layer_ids=ids,
-        )
+        table = _slot_table(config)
+        if not table.rows:
+            return _default(table.num_slots, num_ranks, num_experts, layer_ids)
+        return table.placement(num_ranks=num_ranks, num_experts=num_experts, layer_ids=layer_ids)
+
+
+def read_slots(source: Any) -> SlotTable:
+    """What `load_placement` reads, before ranks and layers are known; no rows: the default layout.
+
+    Raises ValueError naming file, layer and value.
+    """
+    place, config = _read_config(source)
+    with prefixing(place):
+        return _slot_table(config)
 
 
 def load_layer_updates(source: Any) -> int:
@@ -116,18 +117,51 @@ def _unique_mapping(loader: Any, node: Any) -> Any:
     """Refuse a mapping that names a key twice, where YAML's readers keep the last."""
     seen = set()
     for key, _ in node.value:
+        # Merging copies, so that mappings which merge each other twice grow without bound.
+        if key.tag == "tag:yaml.org,2002:merge":
+            raise yaml.constructor.ConstructorError(
+                None, None, "merge keys (<<) are not read", key.start_mark
+            )
         if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
             raise yaml.constructor.ConstructorError(
-                None, None, f"key {key.value} stands twice", key.start_mark
+                None, None, f"key {key.value[:80]} stands twice", key.start_mark
             )
         if isinstance(key, yaml.ScalarNode):
             seen.add((key.tag, key.value))
     return loader.construct_mapping(node, deep=True)
 
 
+def _integer(loader: Any, node: Any) -> int:
+    """A decimal integer. YAML's to base 60 would take time squared in their length."""
+    text = loader.construct_scalar(node)
+    if not re.fullmatch(r"[-+]?(0|[1-9][0-9]{0,17})", text):
+        raise yaml.constructor.ConstructorError(
+            None, None, f"{text[:80]} is no decimal integer of 18 digits at most", node.start_mark
+        )
+    return int(text)
+
+
+def _float(loader: Any, node: Any) -> float:
+    return float(loader.construct_scalar(node))
+
+
 # The reader in C, where PyYAML was built with it, is six times faster.
 _Loader: Any = type("_Loader", (getattr(yaml, "CSafeLoader", yaml.SafeLoader),), {})
-yaml.add_constructor("tag:yaml.org,2002:map", _unique_mapping, Loader=_Loader)
+for _name, _construct in (("map", _unique_mapping), ("int", _integer), ("float", _float)):
+    yaml.add_constructor(f"tag:yaml.org,2002:{_name}", _construct, Loader=_Loader)
+
+
+def _slot_table(config: Mapping[str, Any]) -> SlotTable:
+    unknown = next((key for key in config if key not in _KEYS), None)
+    if unknown is not None:
+        raise ValueError(f"unknown key {brief(unknown)}; the keys are {', '.join(_KEYS)}")
+    num_slots = _check_num_slots(config.get("num_slots"))
+    _check_updates(config.get("layer_updates_per_iter", 0))
+    assignments = config.get(ASSIGNMENTS)
+    if assignments is None:
+        assignments = {}
+    rows = _check_assignments(assignments, num_slots)
+    return SlotTable(rows, num_slots, "names", ASSIGNMENTS)
 
 
 def _read_config(source: Any) -> tuple[str, Mapping[str, Any]]:
@@ -153,8 +187,8 @@ def _read_config(source: Any) -> tuple[str, Mapping[str, Any]]:
 
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.load(path.read_bytes(), _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+        return yaml.load(read_limited(path, _MAX_BYTES), _Loader)
+    except (yaml.YAMLError, *DAMAGE) as error:
         detail = " ".join(str(error).split()).replace(' in "<byte string>",', " at")
         raise ValueError(f"{path}: unparsable YAML: {detail}") from error
 
@@ -162,26 +196,30 @@ def _read_yaml(path: Path) -> Any:
 def _check_num_slots(num_slots: Any) -> int:
     if num_slots is None:
         raise ValueError("num_slots is missing; give the number of slots of all ranks")
-    if not _is_integer(num_slots):
-        raise ValueError(f"num_slots is {num_slots!r}; expected an integer")
+    if not is_integer(num_slots):
+        raise ValueError(f"num_slots is {brief(num_slots)}; expected an integer")
+    if num_slots > _MAX_SLOTS:
+        raise ValueError(f"num_slots is {num_slots}; at most {_MAX_SLOTS} are read")
     return int(num_slots)
 
 
 def _check_updates(updates: Any) -> None:
-    if not _is_integer(updates) or updates < 0:
-        raise ValueError(f"layer_updates_per_iter is {updates!r}; expected an integer, 0 or more")
+    if not is_integer(updates) or updates < 0:
+        raise ValueError(
+            f"layer_updates_per_iter is {brief(updates)}; expected an integer, 0 or more"
+        )
 
 
 def _default(
     num_slots: int,
-    num_ranks: int,
+    num_ranks: int | None,
     num_experts: int | None,
     layer_ids: Sequence[int] | None,
 ) -> Placement:
-    if num_experts is None or layer_ids is None:
+    if num_experts is None or layer_ids is None or num_ranks is None:
         raise ValueError(
             "no initial_global_assignments, which means the default layout; it depends on the "
-            "model, so give num_experts and layer_ids as well"
+            "model, so give num_experts and layer_ids as well as num_ranks"
         )
     return Placement.default(
         num_experts=num_experts, num_slots=num_slots, num_ranks=num_ranks, layer_ids=layer_ids
@@ -200,65 +238,18 @@ def _check_assignments(assignments: Any, num_slots: int) -> dict[int, list[int]]
         layer = _layer_id(name)
         if layer in rows:
             raise ValueError(f"layer {layer} stands twice in initial_global_assignments")
-        rows[layer] = _check_row(layer, experts, num_slots)
+        rows[layer] = check_row(layer, experts)
+        if len(rows[layer]) != num_slots:
+            raise ValueError(
+                f"layer {layer}: a list of {len(experts)} experts, but num_slots is {num_slots}; "
+                "name one expert for each slot"
+            )
     return rows
 
 
 def _layer_id(name: Any) -> int:
     if isinstance(name, str) and name.strip().isdecimal():
         return int(name)
-    if isinstance(name, str) or not _is_integer(name) or name < 0:
-        raise ValueError(
-            f"layer id {name!r} in initial_global_assignments; expected an integer, 0 or more"
-        )
+    if isinstance(name, str) or not is_integer(name) or name < 0:
+        raise ValueError(f"layer id {brief(name)} in {ASSIGNMENTS}; expected an integer, 0 or more")
     return int(name)
-
-
-def _check_row(layer: int, experts: Any, num_slots: int) -> list[int]:
-    if isinstance(experts, np.ndarray):
-        experts = experts.tolist()
-    if not isinstance(experts, (list, tuple)):
-        raise ValueError(
-            f"layer {layer}: holds a {type(experts).__name__}, expected the list of each slot's "
-            "expert"
-        )
-    if len(experts) != num_slots:
-        raise ValueError(
-            f"layer {layer}: a list of {len(experts)} experts, but num_slots is {num_slots}; "
-            "name one expert for each slot"
-        )
-    for slot, expert in enumerate(experts):
-        if not _is_integer(expert):
-            raise ValueError(
-                f"layer {layer}, slot {slot}: {expert!r} is no expert id; expected an integer"
-            )
-    return [int(expert) for expert in experts]
-
-
-def _check_layers(rows: Mapping[int, Any], ids: Sequence[int]) -> None:
-    missing = [layer for layer in ids if layer not in rows]
-    if missing:
-        raise ValueError(
-            f"layer {_listing(missing)} missing from initial_global_assignments, which has layer "
-            f"{_listing(sorted(rows))}; plan for all layers of the model"
-        )
-    extra = sorted(set(rows) - set(ids))
-    if extra:
-        raise ValueError(
-            f"layer {_listing(extra)} in initial_global_assignments, but the MoE layers are "
-            f"{_listing(ids)}; use the placement of this model"
-        )
-
-
-def _listing(ids: Sequence[int]) -> str:
-    """
-    >>> _listing([3, 4, 5, 6, 7]), _listing([1, 2])
-    ('3, 4, 5, ... 7 (5 layers)', '1, 2')
-    """
-    if len(ids) <= 4:
-        return ", ".join(map(str, ids))
-    return f"{ids[0]}, {ids[1]}, {ids[2]}, ... {ids[-1]} ({len(ids)} layers)"
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

@@ -19,7 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from jax_eplb.formats.arrays import Options, check_options, known_experts
-from jax_eplb.formats.files import naming, replacing
+from jax_eplb.formats.files import naming, read_json, replacing
 from jax_eplb.load import Recording
 
 _META = "meta_info.json"
@@ -110,8 +110,7 @@ def save_recording(recording: Recording, directory: str | os.PathLike) -> None:
 def _read_meta(path: Path) -> _Meta:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; a directory of expert statistics has one")
-    with naming(path, "unparsable JSON", ValueError, RecursionError, OSError):
-        meta = json.loads(path.read_bytes())
+    meta = read_json(path)
     if not isinstance(meta, dict):
         raise ValueError(f"{path}: holds a {type(meta).__name__}, expected an object")
     for key in ("num_experts", "num_experts_per_token"):

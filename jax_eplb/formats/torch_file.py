@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jax_eplb.formats.files import DAMAGE, check_file, naming
+from jax_eplb.formats.files import DAMAGE, brief, check_file, naming
 from jax_eplb.formats.safe_pickle import PickleError, load_pickle
 
 _LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # its magic number
@@ -112,7 +112,8 @@ def _strided(flat: np.ndarray, offset: Any, shape: Any, strides: Any, place: str
     numbers = (offset, *shape, *strides)
     if any(type(n) is not int or n < 0 for n in numbers) or len(shape) != len(strides):
         raise PickleError(
-            f"{place}: offset {offset}, shape {shape} and strides {strides} are no tensor's"
+            f"{place}: offset {brief(offset)}, shape {brief(shape)} and strides {brief(strides)} "
+            "are no tensor's"
         )
     elements = int(np.prod(shape, dtype=object))
     last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
@@ -154,10 +155,13 @@ def read_torch_file(path: str | os.PathLike) -> Any:
 
 
 # A PickleError is a ValueError with its message complete; so ValueError itself is not among these.
-_ARCHIVE_DAMAGE = tuple(error for error in DAMAGE if error is not ValueError)
+_ARCHIVE_DAMAGE = (*(error for error in DAMAGE if error is not ValueError), UnicodeError)
 
 
 def _read_archive(archive: zipfile.ZipFile, path: Path) -> Any:
+    stored = [e.file_size for e in archive.infolist() if e.compress_type == zipfile.ZIP_STORED]
+    if sum(stored) > path.stat().st_size:
+        raise ValueError(f"{path}: its entries overlap, as those of torch.save do not")
     pickles = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
     if len(pickles) != 1:
         raise ValueError(
@@ -177,7 +181,7 @@ def _read_archive(archive: zipfile.ZipFile, path: Path) -> Any:
             case ("storage", _Named("storage", dtype), str() as key, _, int() as size, *_):
                 pass
             case _:
-                raise PickleError(f"{path}: unreadable storage {pid!r}")
+                raise PickleError(f"{path}: unreadable storage {brief(pid)}")
         if (key, dtype) not in read:
             data = _read_entry(archive, f"{root}data/{key}", path)
             width = _DTYPES[dtype].itemsize if dtype else 1
