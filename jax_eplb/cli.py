@@ -8,11 +8,14 @@ from pathlib import Path
 from jax_eplb.commands.inputs import (
     add_recording_options,
     parse_integers,
+    parse_layers,
     parse_range,
     positive,
     whole,
 )
 from jax_eplb.commands.plan_options import add_plan_options
+from jax_eplb.commands.simulate_options import add_simulate_options
+from jax_eplb.formats import ENGINES
 from jax_eplb.online import BalancerError
 
 
@@ -39,8 +42,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_report(commands)
     _add_plan(commands)
+    _add_simulate(commands)
     _add_run(commands)
     _add_reshard(commands)
+    _add_convert(commands)
     return parser
 
 
@@ -86,6 +91,13 @@ def _add_plan(commands) -> None:
     add_plan_options(parser)
 
 
+def _add_simulate(commands) -> None:
+    parser = commands.add_parser(
+        "simulate", help="whether balancing would pay, and how, replayed from a recording"
+    )
+    add_simulate_options(parser)
+
+
 def _add_run(commands) -> None:
     parser = commands.add_parser("run", help="serve requests from a file, recording the load")
     parser.add_argument("--model", type=Path, required=True, metavar="YAML")
@@ -120,9 +132,35 @@ def _add_run(commands) -> None:
         "default where the placement follows the load)",
     )
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--output", type=Path, metavar="JSONL", help="write what was generated")
+    parser.add_argument(
+        "--output", type=Path, metavar="JSONL", help="write there what was generated, as it ends"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="serve what the output does not have, and add it"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     _add_balancer_options(parser)
+    _add_process_options(parser)
+
+
+def _add_process_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "several processes",
+        "the same command in each; SLURM, Open MPI and Kubernetes say themselves where they are",
+    )
+    group.add_argument(
+        "--distributed", action="store_true", help="join the other processes before the start"
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, seen by all")
+    group.add_argument("--num-processes", type=positive, metavar="N")
+    group.add_argument("--process-id", type=whole, metavar="I", help="0 to N - 1")
+    group.add_argument(
+        "--heartbeat-timeout",
+        type=positive,
+        default=100,
+        metavar="S",
+        help="seconds of silence after which a process counts as lost, and all end",
+    )
 
 
 def _add_balancer_options(parser: argparse.ArgumentParser) -> None:
@@ -212,4 +250,34 @@ def _add_reshard(commands) -> None:
     )
     parser.add_argument("--step", type=whole, metavar="N", help="of CKPT; default: the last")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, only")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_convert(commands) -> None:
+    parser = commands.add_parser(
+        "convert", help="write a plan, or a recording, as another engine reads it"
+    )
+    add_recording_options(
+        parser, "IN", "a plan or a recording of any engine; which, is told by its content"
+    )
+    parser.add_argument("out", metavar="OUT", help="a file; TensorRT-LLM's statistics: a directory")
+    parser.add_argument("--to", choices=(*ENGINES, "jax-eplb"), required=True)
+    parser.add_argument(
+        "--ep-size", type=positive, metavar="P", help="ranks of the plan, where IN does not say"
+    )
+    parser.add_argument(
+        "--layers",
+        type=parse_layers,
+        metavar="L-L[,L...]",
+        help="ids of the model's MoE layers, both ends included (DeepSeek-V3: 3-60)",
+    )
+    parser.add_argument(
+        "--num-layers",
+        type=positive,
+        metavar="L",
+        help="layers of the whole model, for SGLang; default: up to the last MoE layer",
+    )
+    parser.add_argument(
+        "--layer-updates-per-iter", type=whole, metavar="K", help="of TensorRT-LLM's plan"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")

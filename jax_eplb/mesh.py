@@ -1,9 +1,10 @@
-"""The mesh that experts are spread over, and simulated devices where there are too few."""
+"""The mesh that experts are spread over, what lies on it, and simulated devices."""
 
 import os
 
 import jax
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import Mesh, Sharding
 
 
 def simulate_devices(num_devices: int) -> None:
@@ -46,3 +47,11 @@ def expert_mesh(num_ranks: int | None = None, axis_name: str = "expert") -> Mesh
         axis_types=(jax.sharding.AxisType.Auto,),
         devices=devices[:num_ranks],
     )
+
+
+def lay_out(host: np.ndarray, sharding: Sharding) -> jax.Array:
+    """A host array, the same on every process, on the devices; waits for no other process."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(host, sharding)
+    # `device_put` would compare it across processes, which waits for them.
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

@@ -17,17 +17,21 @@ import numpy as np
 Tokens = TypeVar("Tokens", jax.Array, np.ndarray)
 
 
-def imbalance(rank_tokens: Tokens) -> Tokens:
+def imbalance(rank_tokens: Tokens, capacity: Tokens | None = None) -> Tokens:
     """(max - mean) / mean over the ranks, [..., P] to [...]; 0 where there are no tokens.
 
-    TensorRT-LLM's imbalance ratio. 0 is perfect, P - 1 is everything on one rank.
+    TensorRT-LLM's imbalance ratio. 0 is perfect, P - 1 is everything on one rank. With `capacity`,
+    the relative speed of each rank, [P], it is of times, tokens / capacity, and perfect is where
+    all ranks take as long; what a rank of capacity 0 computes does not count.
 
     >>> imbalance(np.array([[3, 1], [2, 2], [0, 0]])).tolist()
     [0.5, 0.0, 0.0]
+    >>> imbalance(np.array([[3, 1], [2, 2]]), np.array([3.0, 1.0])).tolist()
+    [0.0, 1.0]
     """
     xp, tokens = _as_float(rank_tokens)
-    mean = tokens.mean(axis=-1)
-    return (tokens.max(axis=-1) - mean) / xp.where(mean > 0, mean, xp.ones_like(mean))
+    times, mean = _times(xp, tokens, capacity)
+    return (times.max(axis=-1) - mean) / xp.where(mean > 0, mean, xp.ones_like(mean))
 
 
 def spread(rank_tokens: Tokens) -> Tokens:
@@ -42,18 +46,19 @@ def spread(rank_tokens: Tokens) -> Tokens:
     return tokens.std(axis=-1, ddof=1) if tokens.shape[-1] > 1 else xp.zeros(tokens.shape[:-1])
 
 
-def balancedness_mean_of_ratios(rank_tokens: Tokens) -> Tokens:
+def balancedness_mean_of_ratios(rank_tokens: Tokens, capacity: Tokens | None = None) -> Tokens:
     """Mean over layers of mean / max over the ranks, [..., L, P] to [...].
 
     SGLang's balancedness. 1 is perfect, 1 / P is everything on one rank; a layer without tokens
-    counts as 1.
+    counts as 1. `capacity` as for `imbalance`.
 
     >>> balancedness_mean_of_ratios(np.array([[3, 1], [40, 40]])).round(3)
     np.float64(0.833)
     """
     xp, tokens = _as_float(rank_tokens)
-    most = tokens.max(axis=-1)
-    ratio = tokens.mean(axis=-1) / xp.where(most > 0, most, xp.ones_like(most))
+    times, mean = _times(xp, tokens, capacity)
+    most = times.max(axis=-1)
+    ratio = mean / xp.where(most > 0, most, xp.ones_like(most))
     return xp.where(most > 0, ratio, xp.ones_like(ratio)).mean(axis=-1)
 
 
@@ -142,6 +147,17 @@ def _simulate_chance(choices: int, num_ranks: int, samples: int, seed: int) -> f
 def _mean_where(values: np.ndarray, counted: np.ndarray) -> np.ndarray:
     """Mean over the first axis of the entries that count; 0 where none does."""
     return np.where(counted, values, 0).sum(axis=0) / np.maximum(counted.sum(axis=0), 1)
+
+
+def _times(xp, tokens, capacity) -> tuple[Any, Any]:
+    """What each rank takes, [..., P], and what all would if they took as long, [...]."""
+    if capacity is None:
+        return tokens, tokens.mean(axis=-1)
+    speed = xp.asarray(capacity, tokens.dtype)
+    live = xp.broadcast_to(speed > 0, tokens.shape)
+    tokens = xp.where(live, tokens, xp.zeros_like(tokens))
+    divisor = xp.broadcast_to(xp.where(speed > 0, speed, xp.ones_like(speed)), tokens.shape)
+    return tokens / divisor, tokens.sum(axis=-1) / speed.sum()
 
 
 def _as_float(rank_tokens) -> tuple[Any, Any]:

@@ -71,9 +71,11 @@ class Placement:
         num_experts: int,
         num_ranks: int,
         layer_ids: Sequence[int] | None = None,
+        may_be_empty: bool = False,
     ) -> "Placement":
         """Check a table from outside, [L, S] of expert ids, and wrap it.
 
+        If slots may be empty, as plans without some of the ranks have them, E is one that is.
         Raises ValueError where S is not divisible by P, S < E, a row has another length, an expert
         is unknown or has no slot or has too many, or the layer ids do not fit the rows.
         """
@@ -84,7 +86,7 @@ class Placement:
         check_sizes(num_experts, num_slots, num_ranks)
         bound = max_replicas(num_experts, num_slots, num_ranks)
         for layer, row in zip(ids, rows, strict=True):
-            _check_row(layer, row, num_slots=num_slots, num_experts=num_experts, bound=bound)
+            _check_row(layer, row, num_slots, num_experts, bound, may_be_empty)
         return cls(jnp.asarray(np.stack(rows), jnp.int32), num_experts, num_ranks, ids)
 
     @classmethod
@@ -151,7 +153,9 @@ def check_layer_ids(ids: tuple[int, ...], num_layers: int) -> None:
         raise ValueError(f"layer id {twice} stands twice; each layer needs an id of its own")
 
 
-def _check_row(layer: int, row: np.ndarray, *, num_slots: int, num_experts: int, bound: int):
+def _check_row(
+    layer: int, row: np.ndarray, num_slots: int, num_experts: int, bound: int, may_be_empty: bool
+) -> None:
     if row.ndim != 1 or row.size != num_slots:
         raise ValueError(
             f"layer {layer}: the list of slots has shape {row.shape}, expected ({num_slots},) "
@@ -159,14 +163,14 @@ def _check_row(layer: int, row: np.ndarray, *, num_slots: int, num_experts: int,
         )
     if not np.issubdtype(row.dtype, np.integer):
         raise ValueError(f"layer {layer}: expert ids must be integers, not {row.dtype}")
-    unknown = (row < 0) | (row >= num_experts)
+    unknown = (row < 0) | (row >= num_experts + may_be_empty)
     if unknown.any():
         slot = int(unknown.argmax())
         raise ValueError(
             f"layer {layer}, slot {slot}: unknown expert {row[slot]}; "
             f"this model's experts are 0 to {num_experts - 1}"
         )
-    count = np.bincount(row, minlength=num_experts)
+    count = np.bincount(row, minlength=num_experts)[:num_experts]
     if not count.all():
         expert = int(count.argmin())
         raise ValueError(

@@ -31,14 +31,17 @@ class PlacementTables(NamedTuple):
     One layer's tables are the same without the axis L. J = `max_replicated_slots`.
     """
 
-    slot_to_expert: Int[Array, "L S"]
-    slots_by_expert: Int[Array, "L S"]  # the slots of expert 0 first, ascending, then of 1 ...
+    slot_to_expert: Int[Array, "L S"]  # E where a slot is empty
+    # The slots of expert 0 first, ascending, then of 1 ...; empty ones last.
+    slots_by_expert: Int[Array, "L S"]
     expert_to_slots: Int[Array, "L E R"]  # ascending; S past an expert's last replica
     replica_count: Int[Array, "L E"]
     # The slots of experts that have several, as they stand in `slots_by_expert`; S past the last.
     replicated_slots: Int[Array, "L J"]
     # Of `leveling_operator`, for the replica choice `balanced`; "L 0 0" where it was not asked for.
     leveling: Float[Array, "L J J"]
+    # Of `handicap_of`, for the same choice: what slower ranks count as having already.
+    handicap: Float[Array, "L P"]
 
 
 def max_replicated_slots(num_experts: int, num_slots: int) -> int:
@@ -63,8 +66,9 @@ def derive_tables(
     num_ranks: int,
     max_replicas: int,
     with_leveling: bool = False,
+    capacity: Float[Array, "P"] | None = None,
 ) -> PlacementTables:
-    """Invert `slot_to_expert`.
+    """Invert `slot_to_expert`. `capacity`: the ranks' relative speeds; None: all alike.
 
     >>> sizes = {"num_experts": 3, "num_ranks": 2, "max_replicas": 2}
     >>> tables = derive_tables(jnp.array([[0, 1, 2, 0]]), **sizes)
@@ -74,6 +78,9 @@ def derive_tables(
     ([[0, 3], [1, 4], [2, 4]], [2, 1, 1])
     """
     num_slots = slot_to_expert.shape[1]
+    if capacity is None:
+        capacity = jnp.ones(num_ranks, jnp.float32)
+    handicap = handicap_of(capacity)
 
     def one_layer(experts):
         order = jnp.argsort(experts, stable=True).astype(jnp.int32)
@@ -83,7 +90,7 @@ def derive_tables(
         position = first[:, None] + replica  # [E, R]
         held = replica < count[:, None]
         slots = jnp.where(held, order[jnp.minimum(position, num_slots - 1)], num_slots)
-        several = count[experts[order]] > 1
+        several = count.at[experts[order]].get(mode="fill", fill_value=0) > 1
         num_places = max_replicated_slots(num_experts, num_slots)
         place = jnp.where(several, jnp.cumsum(several) - 1, num_places)
         replicated = jnp.full(num_places, num_slots, jnp.int32).at[place].set(order, mode="drop")
@@ -91,9 +98,22 @@ def derive_tables(
         if with_leveling:
             leveling = leveling_operator(replicated, experts, num_slots // num_ranks)
         slots = slots.astype(jnp.int32)
-        return PlacementTables(experts, order, slots, count, replicated, leveling)
+        return PlacementTables(experts, order, slots, count, replicated, leveling, handicap)
 
     return jax.vmap(one_layer)(slot_to_expert.astype(jnp.int32))
+
+
+def handicap_of(capacity: Float[Array, "P"]) -> Float[Array, "P"]:
+    """How many tokens fewer than the fastest rank each should have, in tokens of the mean rank.
+
+    Levelled with so many on top, ranks have tokens in proportion to their speeds. 0 for ranks of
+    speed 0, which get none.
+
+    >>> handicap_of(jnp.array([1.0, 1.0, 0.0, 2.0])).tolist()
+    [1.0, 1.0, 0.0, 0.0]
+    """
+    share = capacity * (capacity.size / capacity.sum())
+    return jnp.where(capacity > 0, share.max() - share, 0.0)
 
 
 def leveling_operator(

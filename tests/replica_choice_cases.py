@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from jax_eplb import Placement
 from jax_eplb.routing import Ranks
-from jax_eplb.tables import PlacementTables
+from jax_eplb.tables import PlacementTables, derive_tables
 from tests.light_compile import light_compile
 from tests.placement_cases import random_table, seeds
 
@@ -32,17 +32,26 @@ SHAPES = (
 
 class Batch(NamedTuple):
     counts: np.ndarray  # int32[P, E]
-    table: np.ndarray  # int64[S]
+    table: np.ndarray  # int64[S]; E where a slot is empty
     ranks: Ranks
+    capacity: np.ndarray | None = None  # float32[P]: speeds; None: all alike
 
     @property
     def tables(self) -> PlacementTables:
         """Those of the one layer."""
-        placement = Placement.from_slots(
-            self.table[None], num_experts=self.counts.shape[1], num_ranks=self.ranks.num_ranks
-        )
+        table = jnp.asarray(self.table[None], jnp.int32)
+        placement = Placement(table, self.counts.shape[1], self.ranks.num_ranks, (0,))
+        capacity = np.ones(len(self.counts)) if self.capacity is None else self.capacity
         with light_compile():
-            return jax.tree.map(lambda table: table[0], placement.tables(with_leveling=True))
+            tables = derive_tables(
+                table,
+                num_experts=placement.num_experts,
+                num_ranks=placement.num_ranks,
+                max_replicas=placement.max_replicas,
+                with_leveling=True,
+                capacity=np.asarray(capacity, np.float32),
+            )
+            return jax.tree.map(lambda table: table[0], tables)
 
 
 def draw_batch(shape, seed: int) -> Batch:
@@ -54,7 +63,13 @@ def draw_batch(shape, seed: int) -> Batch:
     counts[generator.random(ranks) < 0.2] = 0
     counts[:, generator.random(experts) < 0.2] = 0
     table = random_table(generator, 1, experts, slots, ranks)[0].astype(np.int64)
-    return Batch(counts.astype(np.int32), table, Ranks("expert", ranks, slots // ranks, per_node))
+    if generator.random() < 0.5:  # slots that hold nothing, as far as every expert keeps one
+        for slot in generator.permutation(slots)[: generator.integers(slots - experts + 1)]:
+            if (table == table[slot]).sum() > 1:
+                table[slot] = experts
+    speeds = generator.choice([0.25, 0.5, 1, 1, 1], ranks) if generator.random() < 0.3 else None
+    of_ranks = Ranks("expert", ranks, slots // ranks, per_node)
+    return Batch(counts.astype(np.int32), table, of_ranks, speeds)
 
 
 batches = st.builds(draw_batch, st.sampled_from(SHAPES), seeds)

@@ -31,7 +31,16 @@ def divided(batch: Batch) -> np.ndarray:
 
 
 def rank_loads(share: np.ndarray, batch: Batch) -> np.ndarray:
-    return share.sum(axis=0).reshape(batch.ranks.num_ranks, -1).sum(axis=1)
+    """float64[P]: tokens, and what a slower rank counts as having beside them."""
+    loads = share.sum(axis=0).reshape(batch.ranks.num_ranks, -1).sum(axis=1)
+    return loads + handicap_of(batch)
+
+
+def handicap_of(batch: Batch) -> np.ndarray:
+    if batch.capacity is None:
+        return np.zeros(batch.ranks.num_ranks)
+    missing = (batch.capacity.max() - batch.capacity) / batch.capacity.sum()
+    return missing * batch.counts.sum(dtype=np.float64)
 
 
 def least_largest_load(batch: Batch) -> float:
@@ -44,7 +53,7 @@ def least_largest_load(batch: Batch) -> float:
     result = linprog(
         np.append(np.zeros(num_slots), 1),
         A_ub=np.column_stack([by_rank, np.full(num_ranks, -1)]),
-        b_ub=np.zeros(num_ranks),
+        b_ub=-handicap_of(batch) / unit,
         A_eq=np.column_stack([by_expert, np.zeros(len(by_expert))]),
         b_eq=total / unit,
     )
@@ -114,10 +123,21 @@ def test_a_large_batch_is_divided_exactly():
     assert rank_loads(found, batch).max() <= least_largest_load(batch) * (1 + 1e-5)
 
 
+def test_ranks_get_tokens_in_proportion_to_their_speeds_as_far_as_replicas_allow():
+    table = np.array([0, 1, 2, 0, 1, 2, 0, 1, 2])
+    batch = Batch(np.full((3, 3), 500, np.int32), table, Ranks("expert", 3, 3))
+    for speeds in ([1, 1, 1], [1, 0.5, 1], [4, 2, 3]):
+        found = divided(batch._replace(capacity=np.array(speeds)))
+        expected = 4500 * np.array(speeds) / np.sum(speeds)
+        np.testing.assert_allclose(rank_loads(found, batch), expected, atol=3)
+
+
 @pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[4]])  # without nodes, and with them
 def test_the_kernel_and_plain_jax_agree_to_the_token(shape):
     for seed in range(4):
         batch = draw_batch(shape, seed)
+        if seed % 2:
+            batch = batch._replace(capacity=np.linspace(0.3, 1.0, batch.ranks.num_ranks))
         kernel = interpreted(batch.ranks)
         np.testing.assert_array_equal(shares(kernel, batch, own_counts=False), divided(batch))
 

@@ -10,6 +10,7 @@ import pytest
 
 from jax_eplb import Placement, expert_mesh
 from jax_eplb.models import parameters
+from jax_eplb.moving import RebalanceError, staging
 from jax_eplb.online import (
     Balancer,
     BalancerConfig,
@@ -19,9 +20,10 @@ from jax_eplb.online import (
     LayerUpdate,
     Look,
     StepSeen,
+    flight,
 )
-from jax_eplb.online import balancer as balancing
 from jax_eplb.online import decide as deciding
+from jax_eplb.online import worker as working
 from jax_eplb.serving import Engine, ServingConfig
 from tests.tiny_model import CONFIG, counted_compilations, random_requests, tiny_decoder
 
@@ -183,8 +185,8 @@ def fail(*args, **keywords):
 def fail_in(monkeypatch, stage):
     where = {
         "planning": (deciding, "plan"),
-        "staging": (balancing, "stage_moves"),
-        "flip": (balancing, "apply_moves"),
+        "staging": (flight, "stage_moves"),
+        "flip": (flight, "apply_moves"),
     }
     monkeypatch.setattr(*where[stage], fail)
 
@@ -231,6 +233,69 @@ def test_where_failures_do_not_stop_the_run_they_are_told_each_time(monkeypatch,
     assert not any(isinstance(event, LayerUpdate) for event in events)
     np.testing.assert_array_equal(table_of(made), placement().slot_to_expert)
     assert weights_fit(made)
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_flip_that_fails_half_way_leaves_the_old_weights(monkeypatch, which):
+    monkeypatch.setattr(working, "SLOTS_AT_ONCE", 1)  # so that an update takes several programs
+    made = engine(BalancerConfig(layer_updates_per_iter=2))
+    turn, write = iter(range(1000)), staging.write_rows
+
+    def failing(*args, **keywords):
+        if next(turn) == which:
+            raise MemoryError("no room")
+        return write(*args, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "write_rows", failing)
+        with pytest.raises(BalancerError, match=r"flip failed: .*MemoryError: no room"):
+            made.run(REQUESTS)
+    assert next(turn) > which + 1  # what had been written was put back
+    np.testing.assert_array_equal(table_of(made), placement().slot_to_expert)
+    assert weights_fit(made)
+    assert outputs(made) == unbalanced()
+    assert made.balancer.updates > 0
+    assert weights_fit(made)
+
+
+def test_weights_that_a_flip_used_up_are_said_to_be_lost(monkeypatch):
+    events, write = [], staging.write_rows
+    made = engine(listeners=[events.append])
+
+    def failing(*args, **keywords):
+        write(*args, **keywords)
+        raise MemoryError("after the banks were given away")
+
+    monkeypatch.setattr(staging, "write_rows", failing)
+    try:
+        with pytest.raises(RebalanceError, match=r"given away\. The weights are lost; place them"):
+            made.run(REQUESTS)
+    finally:
+        bare_engine.cache_clear()
+    assert [event.stage for event in events if isinstance(event, Failure)] == ["flip"]
+
+
+@pytest.mark.parametrize("wrong", [np.nan, -1000.0])
+def test_counts_that_are_none_stop_the_engine_and_it_can_serve_again(wrong):
+    made = engine()
+    launch, turn = made._launch, iter(range(1000))
+
+    def failing(plan):
+        tokens, expert_tokens, rank_tokens = launch(plan)
+        if next(turn) == 7:
+            expert_tokens = np.array(expert_tokens, np.float32)
+            expert_tokens[1, 0, 5] = wrong
+        return tokens, expert_tokens, rank_tokens
+
+    made._launch = failing
+    try:
+        with pytest.raises(BalancerError, match=r"counts failed: .*iteration 7, layer 1, expert 5"):
+            made.run(REQUESTS)
+    finally:
+        del made._launch
+    assert np.isfinite(made.balancer.state.load).all()
+    assert weights_fit(made)
+    assert outputs(made) == unbalanced()
 
 
 def test_processes_that_decide_differently_stop_before_anything_moves():

@@ -9,7 +9,7 @@ from jax_eplb import Placement, metrics
 from jax_eplb.online import BalancerConfig, Costs
 from jax_eplb.online import decide as module
 from jax_eplb.online.decide import Served, decide
-from jax_eplb.online.state import initial_state, observe
+from jax_eplb.online.state import initial_state, must_change, observe, with_capacity
 from jax_eplb.split import balanced_split, even_split, sum_by_rank
 
 pytestmark = pytest.mark.light_compile
@@ -68,6 +68,44 @@ def test_hot_layers_change_and_their_imbalance_falls_as_expected(split, window):
     assert changed.sum() == decision.moves.sum() > 0
     for row in new.table:
         assert set(row.tolist()) == set(range(E))
+
+
+@pytest.mark.parametrize("split", ["even", pytest.param("balanced", marks=pytest.mark.slow)])
+def test_a_slow_rank_is_planned_for_and_expected_imbalance_is_that_of_times(split):
+    capacity = np.array([1.0, 1.0, 1.0, 0.5], np.float32)
+    counts = np.stack([HOT, 2 * HOT, HOT[::-1]])
+    state = with_capacity(after(counts, split=split), capacity)
+    new, decision = decide(state, K3, served(split), None)
+    assert sorted(decision.layers.tolist()) == [0, 1, 2]
+    for table, which in ((state.table, "before"), (new.table, "expected")):
+        if split == "even":
+            tokens = rank_tokens(counts, table, split)
+        else:
+            tokens = sum_by_rank(balanced_split(counts, table, E, P, capacity=capacity), P)
+        measured = metrics.imbalance(np.asarray(tokens), capacity)[decision.layers]
+        np.testing.assert_allclose(getattr(decision, f"imbalance_{which}"), measured, atol=2e-2)
+    assert (decision.imbalance_expected < decision.imbalance_before).all()
+
+
+def test_a_rank_without_speed_is_emptied_whatever_it_costs_layers_that_are_on_it_first():
+    config = BalancerConfig(layer_updates_per_iter=2, horizon=1, max_moves=1)
+    dear = Costs(seconds_per_token=1e-9, bytes_per_second=1.0, bytes_per_slot=10**9)
+    capacity = np.array([1.0, 1.0, 0.0, 1.0], np.float32)
+    state = with_capacity(after(np.stack([HOT] * 3), config), capacity)
+    for layers in ((0, 1), (2,)):
+        state, decision = decide(state, config, served(), dear)
+        assert decision.looked_at == layers
+        assert sorted(decision.layers.tolist()) == list(layers)
+        assert (decision.rows.reshape(len(layers), P, -1)[:, 2] == E).all()
+    for row in state.table:
+        assert set(row.tolist()) == set(range(E + 1))
+    assert not must_change(state).any()
+    # Then nothing is worth that cost, not even to fill the rank when it is back.
+    state = with_capacity(state, np.ones(P))
+    _, decision = decide(state, config, served(), dear)
+    assert decision.layers.size == 0
+    _, decision = decide(state, config, served(), CHEAP)
+    assert (decision.rows.reshape(-1, P, S // P)[:, 2] < E).all()
 
 
 def test_the_layer_that_gains_most_stands_first():

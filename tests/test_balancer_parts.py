@@ -30,6 +30,12 @@ def test_parts_hold_every_move_once_and_no_rank_sends_or_gets_too_many(pairs, mo
         assert np.bincount(part.destination // 4).max() <= most
 
 
+def test_rows_from_the_host_are_sent_by_no_rank():
+    moves = Moves(np.zeros(4, int), np.array([~0, ~1, ~2, 0]), np.array([4, 8, 12, 5]))
+    parts = in_parts(moves, slots_per_rank=4, most=1)
+    assert [part.destination.tolist() for part in parts] == [[4, 8, 12], [5]]
+
+
 def stacked(num_slots=8):
     mesh = expert_mesh(4)
     bank = NamedSharding(mesh, P(None, "expert"))
@@ -65,6 +71,16 @@ def test_an_update_is_told_with_the_means_before_and_after():
         told += effects.measure(iteration, skewed if iteration < 12 else even)
     assert [(u.step, u.imbalance_before, u.imbalance_after) for u in told] == [(12, 1.0, 0.0)]
     assert list(effects.close()) == []
+
+
+def test_an_updates_effect_is_one_on_the_ranks_times():
+    effects = Effects(1)
+    effects.expect(0, dataclasses.replace(UPDATE, step=1))
+    for tokens in ([10, 10], [15, 5]):
+        assert list(effects.measure(0, np.array([tokens]), np.array([3.0, 1.0]))) == []
+        effects.hasten([0], 0)
+    (update,) = effects.close()
+    assert (update.imbalance_before, update.imbalance_after) == (1.0, 0.0)
 
 
 def test_an_update_that_is_followed_by_another_or_the_end_is_told_with_what_there_was():

@@ -10,10 +10,12 @@ from jax_eplb.online.state import (
     initial_state,
     is_balanced_enough,
     looks_after,
+    must_change,
     note_looks,
     observe,
     pass_over_quiet,
     recent_imbalance,
+    with_capacity,
 )
 
 E, P = 4, 2
@@ -105,6 +107,53 @@ def test_with_a_horizon_each_round_begins_where_the_fullest_ranks_are_fullest():
     assert seen == [(1, 3), (2, 4), (0,), (1, 3)]
 
 
+def with_dead(layers_on_it, config, num_layers=5):
+    """A state in which the last rank has no speed, and these layers still have experts on it."""
+    state = initial_state(placement(num_layers), config)
+    table = state.table.copy()
+    left = [layer for layer in range(num_layers) if layer not in layers_on_it]
+    table[left, 3:] = E
+    return with_capacity(state._replace(table=table), np.array([1.0, 0.0]))
+
+
+def test_layers_with_experts_on_ranks_without_speed_come_first_and_take_nobodys_turn():
+    config = BalancerConfig(layer_updates_per_iter=2, min_balancedness=0.1)
+    state = with_dead([1, 3, 4], config)
+    assert must_change(state).tolist() == [False, True, False, True, True]
+    assert not is_balanced_enough(state, config)
+    assert choose_layers(state, config) == ((1, 3), state)
+    # They are looked at, whatever was found lately.
+    quiet = state._replace(fruitless=np.full(5, 9, np.int32))
+    assert pass_over_quiet(quiet, (0, 1), config)[0] == (1,)
+    state = with_dead([], config)
+    layers, after = choose_layers(state, config)
+    assert (layers, after.group) == ((0, 3), 1)
+    assert is_balanced_enough(state, config)
+
+
+def test_what_ranks_of_unequal_speed_have_above_the_mean_is_time():
+    config = BalancerConfig(layer_updates_per_iter=1, capacity=(3.0, 1.0))
+    state = observed(config, np.full((1, 1, E), 10), [[[20, 20]]])
+    # 40 tokens for 4 ranks' worth; one of speed 1 has 20.
+    np.testing.assert_allclose(state.excess, [10])
+    np.testing.assert_allclose(recent_imbalance(state), [1.0])
+    assert state.balancedness == pytest.approx(0.5)
+    state = with_capacity(state, np.array([1.0, 0.0]))
+    state = observe(state, np.full((1, E), 10), np.array([[20, 20]]), config, (0,))
+    np.testing.assert_allclose(state.excess, [9.5])  # what the other has does not count
+
+
+def test_other_speeds_forget_what_was_found_and_what_was_usual():
+    config = BalancerConfig(layer_updates_per_iter=1, window_size=8, change_factor=2.0)
+    state = observed(config, random_counts(6, layers=1), [[[5, 5]]] * 6)
+    state = state._replace(fruitless=np.array([4], np.int32), passed=np.array([2], np.int32))
+    state = with_capacity(state, np.array([1.0, 0.25]))
+    assert (state.fruitless.tolist(), state.passed.tolist()) == ([0], [0])
+    for _ in range(4):
+        state = observe(state, np.full((1, E), 5), np.array([[5, 5]]), config, (0,))
+    assert state.window.any(axis=(1, 2)).all()  # no change of text
+
+
 def test_static_is_never_time_and_warming_up_is_not_yet():
     assert not any(looks_after(n, BalancerConfig()) for n in range(50))
     config = BalancerConfig(layer_updates_per_iter=1, warm_up_iterations=10)
@@ -126,17 +175,17 @@ def test_the_recent_imbalance_is_weighted_by_tokens():
     counts = np.array([[[30, 0, 10, 0]], [[2, 2, 0, 0]]])
     state = observed(BalancerConfig(), counts, [[[30, 10]], [[4, 0]]])
     excess, mean = 0.95 * 10 + 2, 0.95 * 20 + 2
-    np.testing.assert_allclose(recent_imbalance(state, P), [excess / mean], rtol=1e-6)
+    np.testing.assert_allclose(recent_imbalance(state), [excess / mean], rtol=1e-6)
 
 
 def looks(config, state, changed, turns):
     """Which of so many turns of the only layer led to a look."""
     seen = []
     for _ in range(turns):
-        layers, state = pass_over_quiet(state, (0,), config, P)
+        layers, state = pass_over_quiet(state, (0,), config)
         seen.append(bool(layers))
         if layers:
-            state = note_looks(state, layers, np.array(changed, int), P)
+            state = note_looks(state, layers, np.array(changed, int))
     return seen, state
 
 
@@ -186,6 +235,7 @@ def test_what_was_before_a_sudden_change_is_forgotten():
         ({"seconds_per_token": 0.0}, "seconds_per_token is 0.0; use a number above 0"),
         ({"bytes_per_second": float("nan")}, "bytes_per_second is nan"),
         ({"change_factor": 2.0}, "give window_size, too"),
+        ({"capacity": (1.0, -2.0)}, "capacity of rank 1 is -2.0; use a number of 0 or more"),
         ({"change_factor": 1.0, "window_size": 8}, "change_factor is 1.0; use a number above 1"),
     ],
 )

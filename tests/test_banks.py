@@ -61,6 +61,31 @@ def test_layers_inside_a_tree_go_by_the_models_own_numbers():
         find_banks(other, num_slots=S, layer_ids=(3, 4))
 
 
+def test_a_tuple_of_whole_models_is_not_taken_for_its_layers():
+    first, second = layer_trees(TABLE, E, expert_mesh(RANKS))
+    model = {"layer_3": {"up": first["down"]}, "layer_4": {"up": second["down"]}}
+    both = (model, {"mu": model, "count": 0})
+    with pytest.raises(ValueError, match=r"a tuple of 2 trees, and 2 layers.*\['layer_3'\].*Give"):
+        find_banks(both, num_slots=S, layer_ids=(3, 4))
+    banks = find_banks(
+        both,
+        num_slots=S,
+        layer_ids=(3, 4),
+        layer_of=lambda path: ("layer_3", "layer_4").index(path[-2].key),
+    )
+    names = paths(both, banks)
+    assert names[0] == ["[0]['layer_3']['up']", "[1]['mu']['layer_3']['up']"]
+    assert names[1] == ["[0]['layer_4']['up']", "[1]['mu']['layer_4']['up']"]
+    # One that has no banks beside it, and more of them than there are layers.
+    with pytest.raises(ValueError, match="a list of 2 trees"):
+        find_banks([model, {"count": 0}], num_slots=S, layer_ids=(3, 4))
+    three = (model, {"mu": model, "nu": model}, 0)
+    assert [len(g.leaves) for g in find_banks(three, num_slots=S, layer_ids=(3, 4)).groups] == [
+        3,
+        3,
+    ]
+
+
 class Model(nnx.Module):
     """A user's own module, of two layers and what stands between them."""
 

@@ -1,4 +1,4 @@
-"""The demo: what it says and leaves, on the embedded model and the embedded held-out text."""
+"""The demo: what it says and leaves, on a tiny model and the embedded held-out text."""
 
 import contextlib
 import io
@@ -13,11 +13,20 @@ from jax_eplb.cli import main
 from jax_eplb.commands import demo
 from jax_eplb.report import rank_tokens
 from tests.command_line import fail, run
+from tests.tiny_model import tiny_decoder
 
-# `jax-eplb demo` itself, as CI runs it, is fully optimised, and fails where outputs differ.
+# `jax-eplb demo` itself, as CI runs it, serves the embedded model, is fully optimised, and fails
+# where outputs differ.
 pytestmark = pytest.mark.light_compile
 
-PROMPTS = 64 * 128
+SIZES = {"PROMPT_BYTES": 48, "OUTPUT_TOKENS": 4, "MIN_TOKENS": 1024}
+PROMPTS = 64 * 48
+
+
+def make_small(patch, **sizes):
+    patch.setattr(demo, "load_decoder", tiny_decoder)
+    for name, value in (SIZES | sizes).items():
+        patch.setattr(demo, name, value)
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +36,12 @@ def out(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def figures(out):
-    """The demo's JSON, of one run for all tests, which writes fewer tokens for each prompt."""
+    """The demo's JSON, of one run for all tests."""
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(demo, "OUTPUT_TOKENS", 4)
-        assert main(["demo", "--batches", "1", "--json", "--out", str(out)]) == 0
+        make_small(patch)
+        command = ["demo", "--num-slots", "24", "--batches", "1", "--json", "--out", str(out)]
+        assert main(command) == 0
     return json.loads(printed.getvalue())
 
 
@@ -58,7 +68,7 @@ def test_the_files_hold_what_was_printed(figures, out):
     report = json.loads((out / "report.json").read_text())
     assert figures.items() <= report.items()
     for leg in ("before", "after"):
-        kept = load_recording(out / f"recording_{leg}.npz").with_at_least(demo.MIN_TOKENS)
+        kept = load_recording(out / f"recording_{leg}.npz").with_at_least(SIZES["MIN_TOKENS"])
         tokens = rank_tokens(kept)
         imbalance = (tokens.max(axis=2) / tokens.mean(axis=2) - 1).mean()
         assert figures[f"imbalance_{leg}"] == pytest.approx(imbalance)
@@ -70,7 +80,7 @@ def test_the_files_hold_what_was_printed(figures, out):
 def test_both_runs_routed_the_same_text_to_the_same_experts(figures, out):
     before, after = (load_recording(out / f"recording_{leg}.npz") for leg in ("before", "after"))
     np.testing.assert_array_equal(before.counts, after.counts)
-    assert [r.placement and r.placement.num_slots for r in (before, after)] == [64, 80]
+    assert [r.placement and r.placement.num_slots for r in (before, after)] == [16, 24]
 
 
 @pytest.mark.slow
@@ -79,7 +89,7 @@ def test_the_plan_is_the_one_that_was_served_and_was_made_from_other_text(figure
     served = load_recording(out / "recording_after.npz").placement
     assert served is not None
     np.testing.assert_array_equal(planned.slot_to_expert, served.slot_to_expert)
-    assert yaml.safe_load((out / "plan.yaml").read_text())["num_slots"] == 80
+    assert yaml.safe_load((out / "plan.yaml").read_text())["num_slots"] == 24
     first, second = (
         load_recording(out / f"recording{name}.npz").counts for name in ("", "_before")
     )
@@ -110,19 +120,18 @@ def test_sizes_that_do_not_fit_are_refused_before_anything_runs(
 
 @pytest.mark.slow
 def test_two_devices_and_no_redundancy_are_a_demo_too(capsys, tmp_path, monkeypatch):
-    for name, value in {"SEQUENCES": 8, "OUTPUT_TOKENS": 4, "MIN_TOKENS": 512}.items():
-        monkeypatch.setattr(demo, name, value)
-    arguments = ["--ep-size", 2, "--num-slots", 64, "--batches", 1, "--out", tmp_path / "two"]
+    make_small(monkeypatch, SEQUENCES=8, MIN_TOKENS=256)
+    arguments = ["--ep-size", 2, "--num-slots", 16, "--batches", 1, "--out", tmp_path / "two"]
     code, out, _ = run(capsys, "demo", *arguments)
     assert code == 0
     assert "Generated tokens: identical." in out
-    assert "64 experts on 2 devices" in out
-    assert "iterations of 1024 tokens" in out
+    assert "16 experts on 2 devices" in out
+    assert "iterations of 384 tokens" in out
 
 
 @pytest.mark.parametrize("half", ["first", "second"])
 def test_requests_come_from_their_half_the_kinds_in_turn(half):
-    made = demo.sample_requests(half, 2000)
+    made = demo.sample_requests(half, 2000, prompt_bytes=demo.PROMPT_BYTES, output_tokens=32)
     texts = {}
     for kind in demo.KINDS:
         text = (demo.resources.files("jax_eplb.models") / "samples" / f"{kind}.txt").read_bytes()

@@ -6,33 +6,41 @@ import pytest
 from jax_eplb.online import DigestMismatch
 from jax_eplb.online.digest import check_agreement, digest, from_first_process
 
-TABLE = np.arange(12).reshape(2, 6)
+TABLE, SPEEDS = np.arange(12).reshape(2, 6), np.array([1.0, 0.5, 1.0])
 
 
-def test_any_slot_and_the_iteration_change_the_digest():
-    seen = {digest(5, TABLE).tobytes(), digest(6, TABLE).tobytes(), digest(5, TABLE.T).tobytes()}
+def test_any_slot_the_iteration_and_any_speed_change_the_digest():
+    seen = {
+        digest(5, TABLE, SPEEDS).tobytes(),
+        digest(6, TABLE, SPEEDS).tobytes(),
+        digest(5, TABLE.T, SPEEDS).tobytes(),
+    }
     for at in np.ndindex(TABLE.shape):
         other = TABLE.copy()
         other[at] += 1
-        seen.add(digest(5, other).tobytes())
-    assert len(seen) == 3 + TABLE.size
+        seen.add(digest(5, other, SPEEDS).tobytes())
+    for rank in range(3):
+        other = SPEEDS.copy()
+        other[rank] = 0
+        seen.add(digest(5, TABLE, other).tobytes())
+    assert len(seen) == 3 + TABLE.size + 3
 
 
 def test_the_type_and_the_layout_of_the_table_do_not():
     for same in (TABLE.astype(np.int64), TABLE.astype(np.int32), np.asfortranarray(TABLE)):
-        np.testing.assert_array_equal(digest(5, same), digest(5, TABLE))
+        np.testing.assert_array_equal(digest(5, same, SPEEDS), digest(5, TABLE, SPEEDS))
 
 
 def test_processes_that_agree_go_on():
-    check_agreement(5, TABLE, gather=lambda own: np.stack([own, own]))
+    check_agreement(5, TABLE, SPEEDS, gather=lambda own: np.stack([own, own]))
 
 
 def test_a_process_that_differs_is_named_before_anything_moves():
-    other = digest(5, TABLE[::-1])
+    other = digest(5, TABLE[::-1], SPEEDS)
     with pytest.raises(DigestMismatch, match=r"iteration 5: .* than process \[1\]; nothing was mo"):
-        check_agreement(5, TABLE, gather=lambda own: np.stack([own, other, own]))
+        check_agreement(5, TABLE, SPEEDS, gather=lambda own: np.stack([own, other, own]))
 
 
 def test_one_process_alone_asks_nobody():
-    check_agreement(5, TABLE)
+    check_agreement(5, TABLE, SPEEDS)
     assert from_first_process(np.array([1.5])).tolist() == [1.5]

@@ -2,9 +2,12 @@
 
 import json
 import logging
+from pathlib import Path
 
-from jax_eplb.online import Failure, JsonLines, LayerUpdate, Look, Stall, StepSeen
-from jax_eplb.online.events import as_dict, log_event
+import pytest
+
+from jax_eplb.online import CapacitySet, Failure, JsonLines, LayerUpdate, Look, Stall, StepSeen
+from jax_eplb.online.events import Tell, as_dict, log_event
 
 UPDATE = LayerUpdate(
     step=12,
@@ -22,20 +25,22 @@ UPDATE = LayerUpdate(
     seconds_in_flight=0.002,
 )
 FAILURE = Failure(step=4, stage="planning", layers=(3, 5), error="ValueError: no")
+SPEEDS = CapacitySet(step=5, capacity=(1.0, 0.0), lost_ranks=(1,))
 LOOK = Look(step=9, layers=(3, 5), changed=(3,), seconds=0.01)
 QUIET = [Stall(1, 0.1), StepSeen(1, (0.5,), (3,), 100)]
 
 
 def test_updates_and_failures_are_logged_as_json_and_what_each_step_brings_is_not(caplog):
     with caplog.at_level(logging.DEBUG, "jax_eplb.online"):
-        for event in (UPDATE, FAILURE, LOOK, *QUIET):
+        for event in (UPDATE, FAILURE, LOOK, SPEEDS, *QUIET):
             log_event(event)
     levels = [record.levelno for record in caplog.records]
-    assert levels == [logging.INFO, logging.ERROR, logging.DEBUG]
+    assert levels == [logging.INFO, logging.ERROR, logging.DEBUG, logging.WARNING]
     assert [json.loads(record.message)["event"] for record in caplog.records] == [
         "LayerUpdate",
         "Failure",
         "Look",
+        "CapacitySet",
     ]
     assert json.loads(caplog.records[0].message) == as_dict(UPDATE)
 
@@ -45,13 +50,13 @@ def test_a_failure_is_seen_without_any_logging_set_up(caplog):
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
 
 
-def test_a_file_has_a_line_for_each_update_and_failure_at_once(tmp_path):
+def test_a_file_has_a_line_for_each_update_failure_and_change_of_speeds_at_once(tmp_path):
     path = tmp_path / "events.jsonl"
     with JsonLines(path) as write:
-        for event in (UPDATE, LOOK, FAILURE, *QUIET):
+        for event in (UPDATE, LOOK, FAILURE, *QUIET, SPEEDS):
             write(event)
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert lines == [json.loads(json.dumps(as_dict(event))) for event in (UPDATE, FAILURE)]
+    assert lines == [json.loads(json.dumps(as_dict(event))) for event in (UPDATE, FAILURE, SPEEDS)]
     assert lines[1] == {
         "event": "Failure",
         "step": 4,
@@ -59,3 +64,34 @@ def test_a_file_has_a_line_for_each_update_and_failure_at_once(tmp_path):
         "layers": [3, 5],
         "error": "ValueError: no",
     }
+
+
+def test_a_listener_that_fails_is_left_out_and_the_others_hear_of_it(caplog):
+    heard, tried = [], []
+
+    def broken(event):
+        tried.append(event)
+        raise OSError("No space left on device")
+
+    tell = Tell((log_event, broken, heard.append))
+    with caplog.at_level(logging.ERROR):
+        tell(UPDATE)
+        tell(UPDATE)
+    assert tried == [UPDATE]
+    failure = heard[1]
+    assert heard == [UPDATE, failure, UPDATE]
+    assert (failure.step, failure.stage) == (UPDATE.step, "listener")
+    assert "broken" in failure.error
+    assert "OSError: No space left on device" in failure.error
+    assert any("No space left" in record.message for record in caplog.records)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is full")
+def test_a_full_disk_ends_the_log_and_nothing_else(caplog):
+    heard = []
+    with JsonLines("/dev/full") as write:
+        tell = Tell((write, heard.append))
+        tell(UPDATE)
+        tell(UPDATE)
+    assert [type(event) for event in heard] == [LayerUpdate, Failure, LayerUpdate]
+    assert "JsonLines('/dev/full') is told nothing more: OSError: [Errno 28]" in heard[1].error

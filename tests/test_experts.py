@@ -41,6 +41,19 @@ def test_one_layer_and_a_second_sharded_axis_work_alike():
     np.testing.assert_array_equal(experts_in_order(placed, table, E), weights)
 
 
+def test_empty_slots_are_placed_and_not_read_back():
+    table = np.arange(L * S).reshape(L, S)[:, ::-1] % E
+    table[:, 3:6] = E
+    weights = tagged(L, E, 2, 3)
+    placed = place_experts(weights, table, spread(None, "expert"))
+    filled = table < E
+    rows = np.nonzero(filled)
+    np.testing.assert_array_equal(np.asarray(placed)[rows], weights[rows[0], table[filled]])
+    np.testing.assert_array_equal(experts_in_order(placed, table, E), weights)
+    one = place_experts(weights[0], table[0], spread("expert"))
+    np.testing.assert_array_equal(experts_in_order(one, table[0], E), weights[0])
+
+
 def test_an_expert_on_no_device_is_named():
     table = np.arange(S) % E
     placed = place_experts(tagged(E, 2), table, spread("expert"))

@@ -188,6 +188,18 @@ def test_any_placement_gives_the_same_bytes_and_compiles_nothing(seed):
     assert run._cache_size() == 1
 
 
+def test_a_rank_that_holds_nothing_computes_nothing_and_no_byte_changes():
+    layer, run = moving_layer()
+    table = np.arange(S)[None] % E
+    table.reshape(4, -1)[2] = E
+    layer.use_placement(Placement(jnp.asarray(table, jnp.int32), E, 4, (0,)))
+    out, expert_tokens, rank_tokens = run(nnx.state(layer), drawn())
+    assert np.asarray(out).tobytes() == on_one_rank().tobytes()
+    assert expert_tokens.sum() == rank_tokens.sum()
+    assert [bool(tokens) for tokens in rank_tokens] == [True, True, False, True]
+    assert run._cache_size() == 1
+
+
 def test_a_layer_made_under_a_placement_is_the_layer_moved_to_it():
     layer = make(placement=placement_of(3))
     moved = make()

@@ -38,6 +38,19 @@ def test_imbalance_is_zero_without_tokens():
     assert metrics.imbalance(np.zeros((2, 3))).tolist() == [0, 0]
 
 
+def test_with_speeds_the_ranks_times_are_compared():
+    tokens, capacity = np.array([[60, 20, 20], [40, 40, 9]]), np.array([2.0, 1.0, 0.0])
+    # Without what the last one has: 80 tokens for 3 ranks of speed 1, of which one takes 30.
+    expected = [30 / (80 / 3) - 1, 40 / (80 / 3) - 1]
+    for function in (np.asarray, jnp.asarray):
+        found = metrics.imbalance(function(tokens), function(capacity))
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        even = metrics.balancedness_mean_of_ratios(function(tokens), function(capacity))
+        assert float(even) == pytest.approx((80 / 90 + 80 / 120) / 2)
+    for function in (metrics.imbalance, metrics.balancedness_mean_of_ratios):
+        np.testing.assert_allclose(function(tokens, np.ones(3)), function(tokens))
+
+
 def test_spread_is_the_sample_deviation():
     assert metrics.spread(np.array([1, 2, 3, 4])) == pytest.approx(np.sqrt(5 / 3))
 

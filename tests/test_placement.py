@@ -80,5 +80,13 @@ def test_a_fault_is_refused_with_its_own_message(call, message):
         call()
 
 
+def test_slots_may_be_empty_where_that_is_meant_and_every_expert_has_one():
+    table = [[0, 1, 3, 2, 3, 3]]
+    assert placed(table, may_be_empty=True).slot_to_expert.tolist() == table
+    for wrong, message in (([[0, 1, 4, 2]], "unknown expert 4"), ([[0, 1, 3, 3]], "2 has no slot")):
+        with pytest.raises(ValueError, match=message):
+            placed(wrong, may_be_empty=True)
+
+
 def test_unsigned_ids_are_accepted():
     assert placed(np.array([[0, 1, 2, 0]], np.uint64)).slot_to_expert.tolist() == [[0, 1, 2, 0]]

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from jax_eplb import HostCopy, expert_mesh, rebalance
-from jax_eplb.moving import RebalanceError, find_banks, prepare_moves
+from jax_eplb.moving import RebalanceError, find_banks, prepare_moves, staging
 from tests.moving_cases import (
     assert_holds,
     in_slots,
@@ -50,14 +50,15 @@ def move_again_and_again(number, layers, experts, slots, ranks, *, seed, **optio
 
 # Layers, experts, slots; of each layer a table of its own.
 MANY = [
-    pytest.param(8, 6, 8, {"collective": True, "slots_at_once": 16}, marks=pytest.mark.slow),
-    pytest.param(5, 16, 24, {"collective": True, "slots_at_once": 4}, marks=pytest.mark.slow),
+    (8, 6, 8, {"collective": True, "slots_at_once": 16}),
+    (5, 16, 24, {"collective": True, "slots_at_once": 4}),
     (1, 8, 8, {}),
     (2, 8, 16, {"slots_at_once": 1}),
 ]
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in MANY[:2]]
 
 
-@pytest.mark.parametrize(("layers", "experts", "slots", "options"), MANY)
+@pytest.mark.parametrize(("layers", "experts", "slots", "options"), SLOW + MANY[2:])
 def test_three_hundred_random_tables(layers, experts, slots, options):
     move_again_and_again(80 // layers, layers, experts, slots, 8, seed=layers, **options)
 
@@ -207,9 +208,9 @@ def test_a_failure_leaves_the_old_placement_in_force(monkeypatch, step, collecti
     assert_holds(e.value.params, old, 12)
 
 
-def fail_at(monkeypatch, name, steps):
+def fail_at(monkeypatch, name, steps, module=MODULE):
     """Let the step that so many go before fail, and none after it."""
-    whole = getattr(MODULE, name)
+    whole = getattr(module, name)
 
     def failing(*args, **options):
         steps["left"] -= 1
@@ -217,7 +218,32 @@ def fail_at(monkeypatch, name, steps):
             raise Broken("no memory")
         return whole(*args, **options)
 
-    monkeypatch.setattr(MODULE, name, failing)
+    monkeypatch.setattr(module, name, failing)
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_a_failure_between_layers_leaves_the_old_placement_in_force(monkeypatch, step):
+    old, new = drawn(2)
+    fail_at(monkeypatch, "write_rows", {"left": step}, module=staging)
+    trees = layer_trees(old, E, expert_mesh(RANKS))
+    with pytest.raises(RebalanceError, match=r"no memory.*old placement is in force") as caught:
+        rebalance(trees, of(old), of(new), slots_at_once=2)
+    assert_holds(caught.value.params, old, E)
+
+
+def test_weights_that_are_used_up_are_lost_and_said_to_be(monkeypatch):
+    old, new = drawn(2)
+    write = staging.write_rows
+
+    def failing(*args, **options):
+        write(*args, **options)
+        raise Broken("after the banks were given away")
+
+    monkeypatch.setattr(staging, "write_rows", failing)
+    tree = stacked_tree(old, E, expert_mesh(RANKS))
+    with pytest.raises(RebalanceError, match=r"the weights are lost; place them anew") as caught:
+        rebalance(tree, of(old), of(new))
+    assert caught.value.params is None
 
 
 def test_a_failure_while_the_arrays_are_kept_gives_them_back(monkeypatch):

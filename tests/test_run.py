@@ -38,6 +38,13 @@ def folder(tmp_path_factory):
     placement = Placement.default(num_experts=16, num_slots=32, num_ranks=4, layer_ids=(1, 2))
     save_placement(placement, folder / "plan.yaml")
     save_placement(placement, folder / "online.yaml", layer_updates_per_iter=2)
+    text = (folder / "online.yaml").read_text()
+    (folder / "cut.yaml").write_text(text[: len(text) // 2])
+    for name, experts, layers in (("other", 12, (1, 2)), ("fewer", 16, (1,))):
+        placement = Placement.default(
+            num_experts=experts, num_slots=32, num_ranks=4, layer_ids=layers
+        )
+        save_placement(placement, folder / f"{name}.yaml", layer_updates_per_iter=2)
     return folder
 
 
@@ -184,6 +191,9 @@ def test_the_choice_of_replicas_moves_load_between_ranks_and_changes_no_token(
         (["--ep-size", 9], "9 ranks need as many devices; there are 8"),
         (["--ep-size", 8, "--load-balancer", "plan.yaml", "--temperature", -1], "temperature is"),
         (["--load-balancer", "none.yaml"], "none.yaml: no such file"),
+        (["--load-balancer", "cut.yaml"], "cut.yaml: unparsable YAML"),
+        (["--load-balancer", "other.yaml"], "other.yaml: layer 1: expert 12 has no slot"),
+        (["--load-balancer", "fewer.yaml"], "fewer.yaml: layer 2 missing"),
         (["--ep-size", 3, "--load-balancer", "plan.yaml"], "32 slots cannot be divided among 3"),
         (["--dataset", "none.jsonl"], "none.jsonl: cannot be read"),
         (["--dataset", "tiny.yaml"], "tiny.yaml, line 1: not JSON"),

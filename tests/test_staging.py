@@ -8,15 +8,18 @@ from jax.sharding import PartitionSpec as P
 from jax_eplb import expert_mesh
 from jax_eplb.moving import (
     Moves,
+    RebalanceError,
     apply_moves,
     find_banks,
     find_moves,
     is_ready,
     prepare_moves,
     stage_moves,
+    staging,
 )
 from jax_eplb.moving.exchange import exchange_rows
 from jax_eplb.moving.rows import read_rows, write_rows
+from jax_eplb.online.parts import in_parts
 from tests.moving_cases import assert_holds, layer_trees, put, stacked_tree, tables
 from tests.tiny_model import counted_compilations
 
@@ -175,6 +178,73 @@ def test_other_axes_of_the_mesh_keep_their_parts():
             assert x.sharding.is_equivalent_to(sharding, x.ndim)
             for shard in x.addressable_shards:  # every replica
                 np.testing.assert_array_equal(shard.data, np.asarray(y)[shard.index])
+
+
+def staged_in_parts(trees, old, new, most=2):
+    """Of two layers, each in its own arrays, and of many moves: many programs write them."""
+    moves = find_moves(old, new, num_ranks=RANKS)
+    parts = in_parts(moves, S // RANKS, most)
+    banks = find_banks(trees)
+    return [stage_moves(trees, part, banks=banks) for part in parts]
+
+
+def fail_at(monkeypatch, writes):
+    """Let those writes fail whose turn is in `writes`, before they have used anything up."""
+    turn = iter(range(100))
+    write = staging.write_rows
+
+    def failing(*args, **options):
+        if next(turn) in writes:
+            raise MemoryError("no room")
+        return write(*args, **options)
+
+    monkeypatch.setattr(staging, "write_rows", failing)
+
+
+def test_many_parts_are_written_as_one(monkeypatch):
+    old, new = drawn(2)
+    trees = layer_trees(old, E, expert_mesh(RANKS))
+    staged = staged_in_parts(trees, old, new, most=1)
+    assert len(staged) > 2
+    assert_holds(apply_moves(trees, *staged), new, E)
+    assert apply_moves(trees) is trees
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_a_flip_that_fails_half_way_leaves_the_tree_as_it_was(monkeypatch, which):
+    old, new = drawn(2)
+    trees = layer_trees(old, E, expert_mesh(RANKS))
+    staged = staged_in_parts(trees, old, new)
+    assert sum(len(one.parts) for one in staged) >= 4
+    fail_at(monkeypatch, {which})
+    with pytest.raises(RebalanceError, match=r"failed: MemoryError: no room.*as it was") as caught:
+        apply_moves(trees, *staged)
+    assert_holds(caught.value.params, old, E)
+    # The rows are still there: it can be tried again.
+    assert_holds(apply_moves(caught.value.params, *staged), new, E)
+
+
+def test_a_flip_that_cannot_be_undone_says_that_weights_are_lost(monkeypatch):
+    old, new = drawn(2)
+    trees = layer_trees(old, E, expert_mesh(RANKS))
+    staged = staged_in_parts(trees, old, new)
+    fail_at(monkeypatch, {2, 3})
+    with pytest.raises(RebalanceError, match=r"Putting back .* failed too.*are lost") as caught:
+        apply_moves(trees, *staged)
+    assert caught.value.params is None
+
+
+def test_nothing_compiles_where_many_parts_are_written_or_put_back(monkeypatch):
+    old, new = drawn(2)
+    trees = layer_trees(old, E, expert_mesh(RANKS))
+    prepare_moves(trees, 2, banks=find_banks(trees))
+    with counted_compilations() as compiled:
+        staged = staged_in_parts(trees, old, new)
+        fail_at(monkeypatch, {3})
+        with pytest.raises(RebalanceError) as caught:
+            apply_moves(trees, *staged)
+        apply_moves(caught.value.params, *staged)
+    assert compiled == []
 
 
 def test_a_move_without_holder_needs_a_host_copy():

@@ -37,6 +37,39 @@ class Restored(NamedTuple):
     bytes_read: dict[Any, int]  # of the state, by device of this process; None: the host
 
 
+def restore(
+    folder: str | os.PathLike,
+    like: Any,
+    placement: Placement | None = None,
+    *,
+    step: int | None = None,
+    balancer: Any = None,
+) -> Restored:
+    """Read one of the checkpoints in a folder, which is only read.
+
+    `like` is a pytree of arrays, or of jax.ShapeDtypeStruct with shardings; its banks have the
+    slots of `placement` (default: the placement that was saved). Each device reads the experts
+    that its slots hold. `like` may be a part of what was saved, and its types may differ. With
+    `balancer`, a pytree alike, the balancer's state is read too.
+
+    Raises ValueError that names what is missing, damaged, or of another model.
+    """
+    folder = Path(folder).absolute()
+    chosen = _step_folder(folder, step)
+    try:
+        stored = open_checkpoint(chosen)
+        placement = _fitting(placement, stored)
+        state, bytes_read = load_tree(like, stored.arrays, stored.banks, placement)
+        if balancer is not None:
+            balancer, _ = load_tree(balancer, open_tree(chosen / BALANCER).arrays)
+    except ValueError as error:
+        place = "" if str(error).startswith(str(chosen)) else f"{chosen}: "
+        others = [other for other in step_folders(folder) if other != int(chosen.name)]
+        remedy = f"; steps {others} are there, too" if others else ""
+        raise ValueError(f"{place}{error}{remedy}") from error
+    return Restored(int(chosen.name), state, placement, balancer, stored.facts, bytes_read)
+
+
 class Checkpoints:
     """The last few checkpoints of one run, each in a folder named by its step.
 
@@ -122,42 +155,17 @@ class Checkpoints:
     ) -> Restored:
         """Read a checkpoint onto the devices of `like`: the last one, unless `step` is given.
 
-        `like` is a pytree of arrays, or of jax.ShapeDtypeStruct with shardings; its banks have the
-        slots of `placement` (default: the placement that was saved). Each device reads the experts
-        that its slots hold. `like` may be a part of what was saved, and its types may differ. With
-        `balancer`, a pytree alike, the balancer's state is read too.
-
-        Raises ValueError that names what is missing, damaged, or of another model.
+        See `restore`. Waits for the save in progress.
         """
         self.wait()
-        folder = self._folder_of(step)
-        try:
-            stored = open_checkpoint(folder)
-            placement = _fitting(placement, stored)
-            state, bytes_read = load_tree(like, stored.arrays, stored.banks, placement)
-            if balancer is not None:
-                balancer, _ = load_tree(balancer, open_tree(folder / BALANCER).arrays)
-        except ValueError as error:
-            place = "" if str(error).startswith(str(folder)) else f"{folder}: "
-            others = [other for other in self.steps if other != int(folder.name)]
-            remedy = f"; steps {others} are there, too" if others else ""
-            raise ValueError(f"{place}{error}{remedy}") from error
-        return Restored(int(folder.name), state, placement, balancer, stored.facts, bytes_read)
+        return restore(self.folder, like, placement, step=step, balancer=balancer)
 
     def open(self, step: int | None = None) -> StoredCheckpoint:
         """One checkpoint, the last unless `step` is given: its placement, facts and arrays.
 
         Raises ValueError where there is none, or it is damaged.
         """
-        return open_checkpoint(self._folder_of(step))
-
-    def _folder_of(self, step: int | None) -> Path:
-        folders = step_folders(self.folder)
-        if not folders:
-            raise ValueError(f"{self.folder}: holds no complete checkpoint")
-        if step is not None and step not in folders:
-            raise ValueError(f"{self.folder}: no step {step}; there are {list(folders)}")
-        return folders[max(folders) if step is None else step]
+        return open_checkpoint(_step_folder(self.folder, step))
 
     def wait(self) -> None:
         """Wait for the save in progress. Raises OSError where it failed; earlier ones stay."""
@@ -186,6 +194,15 @@ class Checkpoints:
                 f"{self.folder}: the checkpoint could not be written ({error.strerror}); "
                 "those before it are whole",
             ) from error
+
+
+def _step_folder(folder: Path, step: int | None) -> Path:
+    folders = step_folders(folder)
+    if not folders:
+        raise ValueError(f"{folder}: holds no complete checkpoint")
+    if step is not None and step not in folders:
+        raise ValueError(f"{folder}: no step {step}; there are {list(folders)}")
+    return folders[max(folders) if step is None else step]
 
 
 def _fitting(placement: Placement | None, stored: StoredCheckpoint) -> Placement | None:

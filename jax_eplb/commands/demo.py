@@ -64,8 +64,15 @@ def run(arguments: argparse.Namespace) -> None:
     check_sizes(config.num_experts, arguments.num_slots, arguments.ep_size)
     per_rank = -(-SEQUENCES // arguments.ep_size)
     sequences = arguments.ep_size * per_rank
-    history = sample_requests("first", sequences * arguments.batches)
-    held_out = sample_requests("second", sequences * arguments.batches)
+    history, held_out = (
+        sample_requests(
+            half,
+            sequences * arguments.batches,
+            prompt_bytes=PROMPT_BYTES,
+            output_tokens=OUTPUT_TOKENS,
+        )
+        for half in ("first", "second")
+    )
     serving = ServingConfig(
         max_batch_size=per_rank,
         max_prompts_per_step=per_rank,
@@ -124,9 +131,9 @@ def sample_requests(
     half: str,
     count: int,
     *,
+    prompt_bytes: int,
+    output_tokens: int,
     kinds: Sequence[str] = KINDS,
-    prompt_bytes: int = PROMPT_BYTES,
-    output_tokens: int = OUTPUT_TOKENS,
     first_seed: int = 0,
 ) -> list[Request]:
     """Requests from one half of the embedded held-out text, the kinds in turn.

@@ -6,37 +6,42 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Mapping
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from rich.progress import Progress
 
+from jax_eplb.commands.outputs import Outputs, open_outputs, read_rows
+from jax_eplb.commands.processes import check_covered, is_first, joined
 from jax_eplb.commands.progress import progress_bars
-from jax_eplb.formats import load_placement, save_recording
-from jax_eplb.formats.tensorrt_llm import load_layer_updates
+from jax_eplb.formats import load_layer_updates, load_placement, save_recording
 from jax_eplb.load import Recorder, Recording
-from jax_eplb.mesh import expert_mesh, simulate_devices
+from jax_eplb.mesh import expert_mesh
 from jax_eplb.models import DecoderConfig
 from jax_eplb.models.weights import load_model
 from jax_eplb.online import Balancer, BalancerConfig, JsonLines, Listener
+from jax_eplb.online.digest import from_first_process
 from jax_eplb.placement import Placement
 from jax_eplb.report import build_report
 from jax_eplb.serving import Engine, Request, RunResult, ServingConfig, Throughput, read_requests
 
 
 def run(arguments: argparse.Namespace) -> None:
-    for path in (arguments.record, arguments.output):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-    simulate_devices(arguments.ep_size)
+    with joined(arguments):
+        _serve_all(arguments)
+
+
+def _serve_all(arguments: argparse.Namespace) -> None:
+    if arguments.record is not None and is_first():
+        arguments.record.parent.mkdir(parents=True, exist_ok=True)
     saved = load_model(arguments.model)
     requests = read_requests(
         arguments.dataset,
         vocab_size=saved.config.vocab_size,
         max_length=saved.config.max_length,
     )
+    left = _still_to_serve(arguments, requests)
     balancer = _balancer(arguments)
     serving = ServingConfig(
         max_batch_size=arguments.max_batch_size,
@@ -47,8 +52,9 @@ def run(arguments: argparse.Namespace) -> None:
     )
     placement = _placement(arguments, saved.config)
     mesh = expert_mesh(arguments.ep_size)
+    check_covered(mesh)
     start, stop = arguments.record_iters
-    with contextlib.ExitStack() as open_files, progress_bars() as bars:
+    with contextlib.ExitStack() as open_files, progress_bars(shown=is_first()) as bars:
         engine = Engine(
             saved,
             mesh=mesh,
@@ -56,19 +62,23 @@ def run(arguments: argparse.Namespace) -> None:
             serving=serving,
             dtype=activation_dtype(mesh),
             balancer=balancer,
-            listeners=_listeners(arguments, open_files),
+            listeners=_listeners(arguments, open_files) if is_first() else (),
         )
+        outputs = None
+        if arguments.output is not None and is_first():
+            as_text = saved.config.vocab_size == 256
+            opened = open_outputs(arguments.output, as_text=as_text, keep=arguments.resume)
+            outputs = open_files.enter_context(opened)
         recorder = engine.recorder(start, stop)
-        warm = list(itertools.islice(itertools.cycle(requests), arguments.warmup))
-        compile_steps(bars, engine, requests + warm)
+        warm = list(itertools.islice(itertools.cycle(left), arguments.warmup))
+        compile_steps(bars, engine, left + warm)
         if warm:
             serve(bars, "warming up", engine, warm)
-        result = serve(bars, "serving", engine, requests, recorder)
+        result = serve(bars, "serving", engine, left, recorder if is_first() else None, outputs)
         if engine.balancer is not None:
             engine.balancer.flush()
-    if arguments.output is not None:
-        as_text = saved.config.vocab_size == 256
-        _write_outputs(arguments.output, requests, result, as_text)
+    if not is_first():
+        return
     recording = recorder.recording()
     if arguments.record is not None:
         save_recording(recording, arguments.record)
@@ -88,19 +98,36 @@ def serve(
     engine: Engine,
     requests: list[Request],
     recorder: Recorder | None = None,
+    outputs: Outputs | None = None,
 ) -> RunResult:
     """Serve the requests under a progress bar."""
     task = bars.add_task(name, total=len(requests))
-    return engine.run(
-        requests,
-        recorder=recorder,
-        on_progress=lambda done: bars.update(task, completed=done),
-    )
+
+    def note(index: int, tokens: np.ndarray) -> None:
+        if outputs is not None:
+            outputs.add(requests[index], tokens)
+        bars.advance(task)
+
+    return engine.run(requests, recorder=recorder, on_finished=note)
 
 
 def activation_dtype(mesh: Mesh):
     """float32 on CPU, where bfloat16 is emulated; bfloat16 elsewhere."""
     return jnp.float32 if mesh.devices.flat[0].platform == "cpu" else jnp.bfloat16
+
+
+def _still_to_serve(arguments: argparse.Namespace, requests: list[Request]) -> list[Request]:
+    """All requests, or with `--resume` those that the output does not have."""
+    if not arguments.resume:
+        return requests
+    if arguments.output is None:
+        raise ValueError("--resume goes on with an output: give --output FILE, too")
+    done = read_rows(arguments.output) if is_first() else {}
+    # Processes may not share the file.
+    left = from_first_process(np.array([request.seed not in done for request in requests]))
+    if not left.any():
+        raise ValueError(f"{arguments.output} has all {len(requests)} requests: nothing to do")
+    return [request for request, is_left in zip(requests, left, strict=True) if is_left]
 
 
 def _placement(arguments: argparse.Namespace, config: DecoderConfig) -> Placement:
@@ -176,16 +203,6 @@ def balancer_text(figures: Mapping[str, float | int]) -> str:
         f"({figures['moved_bytes'] / 1e6:.1f} MB); serving was held for "
         f"{figures['stall_ms_p50']:.2f} ms in a step (p99 {figures['stall_ms_p99']:.2f})"
     )
-
-
-def _write_outputs(path: Path, requests: list[Request], result: RunResult, as_text: bool) -> None:
-    """One JSON object a request: the token ids written, and their text if they are bytes."""
-    with path.open("w", encoding="utf-8") as file:
-        for request, output in zip(requests, result.outputs, strict=True):
-            row = {"line": request.seed, "token_ids": output.tolist()}
-            if as_text:
-                row["text"] = output.astype(np.uint8).tobytes().decode(errors="replace")
-            file.write(json.dumps(row) + "\n")
 
 
 def _print(

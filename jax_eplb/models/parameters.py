@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PRNGKeyArray
 
+from jax_eplb.mesh import lay_out
 from jax_eplb.models.config import DecoderConfig
 from jax_eplb.models.decoder import AttentionParams, DecoderParams, DenseLayer, MoELayer
 from jax_eplb.moe import MoEParams
@@ -111,26 +112,45 @@ def on_mesh(
     axis_name: str,
     dtype,
 ) -> DecoderParams:
-    """Parameters in expert order from the host, placed on the mesh by slot.
+    """Parameters in expert order from the host, placed on the mesh by slot."""
+    arrays = dict(named(by_expert))
 
-    The router stays float32: it decides by small differences.
-    """
-    spread: Any = specs(config, axis_name)
-    bank = NamedSharding(mesh, spread.sparse.moe.experts.gate_up)
-
-    def place(name, array, spec):
-        array = np.asarray(array).astype(np.float32 if name.endswith("router") else dtype)
+    def place(name, spec):
+        array = np.asarray(arrays[name]).astype(_dtype_of(name, dtype))
+        sharding = NamedSharding(mesh, spec)
         if ".experts." in name:
-            return place_experts(array, slot_to_expert, bank)
-        return jax.device_put(array, NamedSharding(mesh, spec))
+            return place_experts(array, slot_to_expert, sharding)
+        return lay_out(array, sharding)
 
-    flat_specs = jax.tree.leaves(spread, is_leaf=lambda x: isinstance(x, P))
-    leaves = [place(n, a, s) for (n, a), s in zip(named(by_expert), flat_specs, strict=True)]
+    leaves = [place(name, spec) for name, spec in _named_specs(config, axis_name)]
     return jax.tree.unflatten(jax.tree.structure(by_expert), leaves)
+
+
+def like(config: DecoderConfig, num_slots: int, mesh: Mesh, axis_name: str, dtype) -> DecoderParams:
+    """What `on_mesh` makes, as shapes with their types and shardings: for reading a checkpoint."""
+    spread = dict(_named_specs(config, axis_name))
+
+    def leaf(name, shape):
+        if ".experts." in name:
+            shape = (shape[0], num_slots, *shape[2:])
+        sharding = NamedSharding(mesh, spread[name])
+        return jax.ShapeDtypeStruct(shape, _dtype_of(name, dtype), sharding=sharding)
+
+    return _map_shapes(leaf, config)
 
 
 def is_shape(x) -> bool:
     return isinstance(x, tuple) and not hasattr(x, "_fields")
+
+
+def _named_specs(config: DecoderConfig, axis_name: str) -> list[tuple[str, P]]:
+    flat = jax.tree.leaves(specs(config, axis_name), is_leaf=lambda x: isinstance(x, P))
+    return [(name, spec) for (name, _), spec in zip(named(shapes(config)), flat, strict=True)]
+
+
+def _dtype_of(name: str, dtype):
+    """The router stays float32: it decides by small differences."""
+    return jnp.float32 if name.endswith("router") else dtype
 
 
 def _map_shapes(function, config: DecoderConfig) -> DecoderParams:

@@ -1,4 +1,7 @@
-"""A decoder's weights in one file, bfloat16, in expert order; the byte model's comes along."""
+"""A decoder's weights on disk, in expert order: one file, or a checkpoint of many.
+
+The byte model's file comes along.
+"""
 
 import dataclasses
 import os
@@ -9,11 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import ml_dtypes
 import numpy as np
+from jax.sharding import Mesh
 
-from jax_eplb.checkpoint import load_weights, save_weights
+from jax_eplb.checkpoint import load_weights, restore, save_weights
 from jax_eplb.models import parameters
 from jax_eplb.models.config import DecoderConfig, read_config
 from jax_eplb.models.decoder import DecoderParams
+from jax_eplb.placement import Placement
 
 
 class SavedDecoder(NamedTuple):
@@ -22,6 +27,26 @@ class SavedDecoder(NamedTuple):
     config: DecoderConfig
     params: DecoderParams
     facts: dict[str, Any]  # steps, held-out bits per byte
+
+    def on_mesh(self, placement: Placement, mesh: Mesh, axis_name: str, dtype) -> DecoderParams:
+        """The parameters on the mesh, experts by slot; all but the router of this dtype."""
+        table = np.asarray(placement.slot_to_expert)
+        return parameters.on_mesh(self.params, table, self.config, mesh, axis_name, dtype)
+
+
+class StoredDecoder(NamedTuple):
+    """A decoder in a folder of checkpoints, the last of which counts."""
+
+    config: DecoderConfig
+    folder: Path
+
+    def on_mesh(self, placement: Placement, mesh: Mesh, axis_name: str, dtype) -> DecoderParams:
+        """As of a `SavedDecoder`; each device reads the experts that it holds, and nothing else.
+
+        Raises ValueError that names the array which is missing, damaged, or of another model.
+        """
+        like = parameters.like(self.config, placement.num_slots, mesh, axis_name, dtype)
+        return restore(self.folder, like, placement).state
 
 
 def embedded_weights() -> Path:
@@ -57,15 +82,19 @@ def load_decoder(path: str | os.PathLike | None = None) -> SavedDecoder:
     return SavedDecoder(config, jax.tree.unflatten(structure, leaves), facts)
 
 
-def load_model(config_path: str | os.PathLike) -> SavedDecoder:
+def load_model(config_path: str | os.PathLike) -> SavedDecoder | StoredDecoder:
     """Read the model that a file of `configs/` describes, and check that its weights fit.
 
     `weights: embedded` (the default) names those inside this package; anything else is a path,
-    relative to the file. Raises ValueError where the `model` section is not the weights' own.
+    relative to the file: of a file, or of a folder of checkpoints, whose arrays are read when they
+    are placed. Raises ValueError where the `model` section is not the weights' own.
     """
     values = read_config(config_path)
     config = DecoderConfig.from_dict(values["model"], str(config_path))
     named = values.get("weights", "embedded")
+    folder = Path(config_path).parent / named
+    if named != "embedded" and folder.is_dir():
+        return StoredDecoder(config, folder)
     saved = load_decoder(None if named == "embedded" else Path(config_path).parent / named)
     theirs = dataclasses.asdict(saved.config)
     for name, value in dataclasses.asdict(config).items():

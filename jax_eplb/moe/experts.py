@@ -57,9 +57,11 @@ def place_experts(
     """Lay out a bank in slots: [E, …] with int32[S], or [L, E, …] with int32[L, S].
 
     Each device's rows are read from the host array on their own, so that replicas cost the host
-    nothing, and every process reads only what its devices hold.
+    nothing, and every process reads only what its devices hold. An empty slot, of id E, gets the
+    last expert's rows, which nothing reads.
     """
     table = np.asarray(slot_to_expert)
+    table = np.minimum(table, by_expert.shape[table.ndim - 1] - 1)
     shape = (*table.shape, *by_expert.shape[table.ndim :])
 
     def read(index: Any) -> np.ndarray:  # a slice for each axis
@@ -91,12 +93,14 @@ def experts_in_order(
     seen = {str(part[outer:]): np.zeros(out.shape[:outer], bool) for part in parts}
     layers = np.arange(len(table))[:, None]
     for shard in by_slot.addressable_shards:
-        rows = (table[shard.index[:outer]],)
+        held = table[shard.index[:outer]]
+        filled = held < num_experts
+        rows = (held[filled],)
         if outer == 2:
-            rows = (layers[shard.index[0]], *rows)
+            rows = (np.broadcast_to(layers[shard.index[0]], held.shape)[filled], *rows)
         inside = shard.index[outer:]
         seen[str(inside)][rows] = True
-        out[(..., *inside)][rows] = np.asarray(shard.data)
+        out[(..., *inside)][rows] = np.asarray(shard.data)[filled]
     complete = np.logical_and.reduce(list(seen.values()))
     if not complete.all():
         missing = np.argwhere(~complete)[0].tolist()

@@ -258,6 +258,7 @@ class MoE(nnx.Module):
             num_experts=config.num_experts,
             num_ranks=config.num_ranks,
             layer_ids=placement.layer_ids,
+            may_be_empty=True,
         )
 
     def _tables_of(self, placement: Placement) -> PlacementTables:

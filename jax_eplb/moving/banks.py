@@ -89,13 +89,14 @@ def find_banks(
 ) -> Banks:
     """Find the arrays whose sharding names the expert axis for axis 0, or for axis 1 if stacked.
 
-    Arrays of axis 0 belong to one layer. Which, where there are several: its position in a list or
-    tuple of as many trees as there are layers; else what `layer_of(path)` says; else the last
+    Arrays of axis 0 belong to one layer. Which, where there are several: what `layer_of(path)`
+    says; else its position in a list or tuple of as many trees as there are layers; else the last
     integer of the path that is one of `layer_ids`, the model's own numbers. Everything else in the
     tree is left alone: arrays without the expert axis, or with another size there than S.
 
-    Raises ValueError where there is no bank, or the layer of one cannot be told, or banks are on
-    different meshes.
+    Raises ValueError where there is no bank, or the layer of one cannot be told (so in a tuple of
+    parameters and an optimiser's state, of a model with two layers: give `layer_of`), or banks are
+    on different meshes.
     """
     flat, structure = jax.tree.flatten_with_path(params)
     found = [
@@ -105,23 +106,15 @@ def find_banks(
         axis = max(place[2] for place in found)  # stacked banks, if there are any
         num_slots = next(flat[i][1].shape[axis] for i, _, a, _ in found if a == axis)
     num_layers = None if layer_ids is None else len(layer_ids)
-    by_position = type(params) in (list, tuple) and num_layers in (None, len(params))
+
+    def fits(axis, shape):
+        return shape[axis] == num_slots and (axis == 0 or num_layers in (None, shape[0]))
+
+    banks = [x for x in found if fits(x[2], flat[x[0]][1].shape)]
+    position = _how_layers_are_told(params, [x[1] for x in banks if x[2] == 0], layer_ids, layer_of)
     groups: dict[int | None, list] = {}
-    for index, path, axis, inner in found:
-        shape = flat[index][1].shape
-        if shape[axis] != num_slots or (axis == 1 and num_layers not in (None, shape[0])):
-            continue
-        layer = None
-        if axis == 0:
-            if num_layers == 1:
-                layer = 0
-            elif by_position:
-                layer = path[0].idx
-            elif layer_of is not None:
-                layer = layer_of(path)
-            else:
-                layer = _layer_in(path, layer_ids)
-        groups.setdefault(layer, []).append((index, inner))
+    for index, path, axis, inner in banks:
+        groups.setdefault(None if axis else position(path), []).append((index, inner))
     if not groups:
         shapes = [f"{jax.tree_util.keystr(path)} {flat[i][1].shape}" for i, path, *_ in found]
         wanted = "(S, …) or (L, S, …)" if num_slots is None else f"{num_slots} slots"
@@ -150,17 +143,54 @@ def _place(x, axis_name: str):
     return None
 
 
-def _layer_in(path, layer_ids: Sequence[int] | None) -> int:
-    """The position of the layer whose number stands last in the path."""
+def _how_layers_are_told(
+    params, paths: list[Any], layer_ids: Sequence[int] | None, layer_of: LayerOf | None
+) -> LayerOf:
+    """From the path of a bank of one layer to the layer's position."""
+    ids = None if layer_ids is None else list(layer_ids)
+    if ids is not None and len(ids) == 1:
+        return lambda path: 0
+    if layer_of is not None:
+        return layer_of
+    if type(params) in (list, tuple) and (ids is None or len(params) == len(ids)):
+        _check_positions(params, paths, ids or [])
+        return lambda path: path[0].idx
+
+    def by_number(path):
+        position = _layer_named(path, ids or [])
+        if position is None:
+            raise ValueError(
+                f"{jax.tree_util.keystr(path)} is a bank of one layer, but of which? The layers "
+                f"are {ids}; give `layer_of`, from a path to the position of its "
+                "layer"
+            )
+        return position
+
+    return by_number
+
+
+def _layer_named(path, layer_ids: list[int]) -> int | None:
+    """The position of the layer whose number stands last in the path, if one does."""
     for key in reversed(path):
         found = re.search(r"\d+(?=\D*$)", jax.tree_util.keystr((key,)))
-        if found and int(found.group()) in (layer_ids or ()):
-            return list(layer_ids or ()).index(int(found.group()))
-    raise ValueError(
-        f"{jax.tree_util.keystr(path)} is a bank of one layer, but of which? The layers are "
-        f"{None if layer_ids is None else list(layer_ids)}; give `layer_of`, from a path to the "
-        "position of its layer"
-    )
+        if found and int(found.group()) in layer_ids:
+            return layer_ids.index(int(found.group()))
+    return None
+
+
+def _check_positions(trees, paths: list[Any], layer_ids: list[int]) -> None:
+    """Raise ValueError where trees, as many as there are layers, each seem to hold all layers."""
+    named: dict[int, set[int | None]] = {}
+    for path in paths:
+        named.setdefault(path[0].idx, set()).add(_layer_named(path[1:], layer_ids))
+    every = set(range(len(layer_ids)))
+    if every and named and all(layers == every for layers in named.values()):
+        raise ValueError(
+            f"a {type(trees).__name__} of {len(trees)} trees, and {len(layer_ids)} layers: is each "
+            "tree a layer, or are all layers in each, as "
+            f"{jax.tree_util.keystr(paths[0])} sounds? Give `layer_of`, from a path to the "
+            "position of its layer; `lambda path: path[0].idx` if each is one"
+        )
 
 
 def _group(flat, layer, members, axis_name) -> Group:

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_eplb.moving.banks import Banks, LayerOf, columns, find_banks
+from jax_eplb.moving.errors import RebalanceError
 from jax_eplb.moving.moves import Moves, find_moves
 from jax_eplb.moving.order import Hold, Release, Wave, in_waves
 from jax_eplb.moving.staging import (
@@ -23,14 +24,6 @@ from jax_eplb.moving.staging import (
     stage_moves,
 )
 from jax_eplb.placement import Placement
-
-
-class RebalanceError(RuntimeError):
-    """A rebalance failed. `params` is the tree under the old placement; None where it is lost."""
-
-    def __init__(self, message: str, params):
-        super().__init__(message)
-        self.params = params
 
 
 def rebalance(
@@ -161,6 +154,8 @@ class _Mover:
 
     def restore(self, table: np.ndarray, num_experts: int) -> None:
         """Make the slots hold what they held before."""
+        if self.params is None:
+            raise ValueError("the banks are used up")
         if self.held is not None:
             layer, source = self.held.layer, self.held.source
             if not (self.table[layer] == self.held_expert).any():
@@ -188,7 +183,11 @@ class _Mover:
         # Before the flip, which uses up the old rows: what fails must fail here. And no wave's
         # rows are made while the last one's are still needed.
         jax.block_until_ready(staged.arrays())
-        self.params = apply_moves(self.params, staged)
+        try:
+            self.params = apply_moves(self.params, staged)
+        except RebalanceError as error:
+            self.params = error.params
+            raise
         self.table[layer, destination] = expert
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax_eplb.moving import packs
 from jax_eplb.moving.banks import Banks, Group, find_banks
 from jax_eplb.moving.delivery import Hosted, Route, crosses, deliver
+from jax_eplb.moving.errors import RebalanceError
 from jax_eplb.moving.moves import Moves
 from jax_eplb.moving.rows import Rows, read_rows, write_rows
 
@@ -79,21 +80,70 @@ def stage_moves(
     return Staged(banks, tuple(parts))
 
 
-def apply_moves(params, staged: Staged):
+def apply_moves(params, *staged: Staged):
     """Put staged rows into their slots: the tree with new banks, other leaves as they were.
 
-    The flip: one program a group, without communication. The banks given are used up (donated),
-    so nothing is copied but the rows. Only dispatches. Raises ValueError where the tree is not
-    like the one that the rows were staged for.
+    The flip: one program for each part, without communication. The banks given are used up
+    (donated), so nothing is copied but the rows. Only dispatches.
+
+    All or nothing: where there are several parts, the rows that they overwrite are kept until all
+    are written, which takes as much memory as the staged rows. Raises ValueError where the tree is
+    not like the one that the rows were staged for, and RebalanceError where a program fails: its
+    `params` is the tree with what was overwritten put back.
     """
-    leaves = staged.banks.leaves(params)
-    for part in staged.parts:
-        group = staged.banks.groups[part.group]
-        arrays = [leaves[i] for i in group.leaves]
-        written = write_rows(arrays, part.rows, part.table, spread=group.spread)
-        for index, bank in zip(group.leaves, written, strict=True):
-            leaves[index] = bank
-    return jax.tree.unflatten(staged.banks.structure, leaves)
+    if not staged:
+        return params
+    banks = staged[0].banks
+    leaves = banks.leaves(params)
+    parts = [part for one in staged for part in one.parts]
+    overwritten: list[Part] = []
+    try:
+        for part in parts:
+            before = _overwritten(leaves, part, banks) if part is not parts[-1] else None
+            _write(leaves, part, banks)
+            if before is not None:
+                overwritten.append(before)
+    except Exception as error:
+        raise _put_back(leaves, overwritten, banks, error) from error
+    return jax.tree.unflatten(banks.structure, leaves)
+
+
+def _overwritten(leaves: list[Any], part: Part, banks: Banks) -> Part:
+    """What stands where a part will be written, to write it there again."""
+    group = banks.groups[part.group]
+    rows = read_rows([leaves[i] for i in group.leaves], part.table, spread=group.spread)
+    return part._replace(rows=rows)
+
+
+def _write(leaves: list[Any], part: Part, banks: Banks) -> None:
+    group = banks.groups[part.group]
+    arrays = [leaves[i] for i in group.leaves]
+    written = write_rows(arrays, part.rows, part.table, spread=group.spread)
+    for index, bank in zip(group.leaves, written, strict=True):
+        leaves[index] = bank
+
+
+def _put_back(
+    leaves: list[Any], overwritten: list[Part], banks: Banks, error: Exception
+) -> RebalanceError:
+    """Undo a flip that failed half-way; the error to be raised."""
+    why = f"writing rows into their slots failed: {type(error).__name__}: {error}"
+    try:
+        for part in reversed(overwritten):
+            _write(leaves, part, banks)
+    except Exception as second:
+        why += f". Putting back what was overwritten failed too: {type(second).__name__}: {second}"
+        whole = False
+    else:
+        whole = not any(leaves[i].is_deleted() for group in banks.groups for i in group.leaves)
+    if whole:
+        params = jax.tree.unflatten(banks.structure, leaves)
+        return RebalanceError(
+            f"{why}. The tree is as it was: go on with this error's `params`", params
+        )
+    return RebalanceError(
+        f"{why}. The weights are lost; place them anew, from a checkpoint or a host copy", None
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ from jax_eplb.online.balancer import Balancer as Balancer
 from jax_eplb.online.config import BalancerConfig as BalancerConfig
 from jax_eplb.online.errors import BalancerError as BalancerError
 from jax_eplb.online.errors import DigestMismatch as DigestMismatch
+from jax_eplb.online.events import CapacitySet as CapacitySet
 from jax_eplb.online.events import Event as Event
 from jax_eplb.online.events import Failure as Failure
 from jax_eplb.online.events import JsonLines as JsonLines

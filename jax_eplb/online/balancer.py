@@ -14,47 +14,28 @@ Axes: L layers, E experts, P ranks.
 import collections
 import concurrent.futures
 import dataclasses
-import threading
 import time
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Any
 
-import jax
 import numpy as np
 
-from jax_eplb.moving import (
-    Banks,
-    RebalanceError,
-    Staged,
-    apply_moves,
-    find_banks,
-    prepare_moves,
-    stage_moves,
-)
+from jax_eplb.moving import Banks, RebalanceError, RowSource, find_banks, prepare_moves
+from jax_eplb.online.capacity import checked_capacity
 from jax_eplb.online.config import BalancerConfig
 from jax_eplb.online.decide import Served
-from jax_eplb.online.digest import Gather, check_agreement, from_first_process
+from jax_eplb.online.digest import Gather, check_agreement
 from jax_eplb.online.errors import BalancerError, DigestMismatch
-from jax_eplb.online.events import Event, Listener, Stall, log_event
-from jax_eplb.online.measure import bytes_of_slot, measure_bytes_per_second
+from jax_eplb.online.events import CapacitySet, Listener, Stall, Tell, log_event
+from jax_eplb.online.flight import Flights
+from jax_eplb.online.measure import measured_costs
 from jax_eplb.online.state import BalancerState, looks_after
-from jax_eplb.online.worker import SLOTS_AT_ONCE, Outcome, Update, Worker, failure
+from jax_eplb.online.worker import SLOTS_AT_ONCE, Outcome, Worker, failure
 from jax_eplb.online.worth import Costs
 from jax_eplb.placement import Placement
 from jax_eplb.tables import PlacementTables
 
 _STALLS_KEPT = 100_000
-
-
-class _InFlight(NamedTuple):
-    """Weights and tables on their way."""
-
-    due: int  # the iteration that they are in force from
-    update: Update
-    staged: list[Staged]
-    tables: PlacementTables
-    host_tables: PlacementTables
-    begun: float
 
 
 class Balancer:
@@ -76,21 +57,20 @@ class Balancer:
         gather: Gather | None = None,
     ):
         self.config, self.placement = config, placement
+        if config.capacity is not None:
+            checked_capacity(config.capacity, placement)
         self.served = Served(placement.num_experts, placement.num_ranks, placement.layer_ids, split)
         self.iteration = 0  # the next one
         self.moved_slots = self.moved_bytes = self.updates = self.failures = 0
-        self._listeners, self._telling = (log_event, *listeners), threading.Lock()
+        self._tell = Tell((log_event, *listeners))
         self._gather = gather
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "jax_eplb-balancer")
         self._worker = Worker(
             placement, config, self.served, ranks_per_node=ranks_per_node, tell=self._tell
         )
-        self._table = self._worker.state.table  # in force
-        self._host_tables: Any = None
-        self._banks: Banks | None = None
         self._due: collections.deque = collections.deque()  # (iteration, epoch, future)
         self._epoch = 0  # of the placement that plans start from; a failure begins another
-        self._in_flight: collections.deque[_InFlight] = collections.deque()
+        self._flights = Flights(self._worker.state.table, self._worker.derive)
         self._error: Exception | None = None
         self._stalls: collections.deque[float] = collections.deque(maxlen=_STALLS_KEPT)
         self._held = 0.0
@@ -122,26 +102,15 @@ class Balancer:
         `seconds_per_token`: measured by the caller; the config's comes first. Raises ValueError
         where there is a horizon and neither is known, or the tree has no banks of the placement.
         """
-        config = self.config
+        config, sizes = self.config, self.placement
         if not config.layer_updates_per_iter:
             return
-        layer_ids = self.placement.layer_ids
         if banks is None:
-            banks = find_banks(params, num_slots=self.placement.num_slots, layer_ids=layer_ids)
-        self._banks = banks
+            banks = find_banks(params, num_slots=sizes.num_slots, layer_ids=sizes.layer_ids)
         prepare_moves(params, SLOTS_AT_ONCE, banks=banks)
-        per_token = config.seconds_per_token or seconds_per_token
-        if per_token is None and config.horizon is not None:
-            raise ValueError(
-                "a horizon weighs time against time: give seconds_per_token, what a token takes "
-                "on a rank in one layer"
-            )
-        speed = config.bytes_per_second or measure_bytes_per_second(params, banks)
-        size = bytes_of_slot(params, banks)
-        measured = from_first_process(np.array([per_token or 0.0, speed]))
-        costs = Costs(float(measured[0]), float(measured[1]), size)
+        costs = measured_costs(params, banks, config, seconds_per_token)
         self._thread.submit(self._worker.prepare, costs).result()
-        self._host_tables = self._worker.derive(self._table)
+        self._flights.prepare(banks)
 
     def between_steps(self, params: Any, tables: PlacementTables) -> tuple[Any, PlacementTables]:
         """Before an iteration: put in force what is on its way, and send what was decided.
@@ -153,7 +122,8 @@ class Balancer:
         """
         begun = time.perf_counter()
         self._raise_error()
-        while self._in_flight and self._in_flight[0].due <= self.iteration:
+        tables = self._flights.tables_in_force(tables)
+        while self._flights.is_due(self.iteration):
             params, tables = self._flip(params, tables)
         while self._due and self._due[0][0] <= self.iteration:
             due, epoch, future = self._due.popleft()
@@ -194,6 +164,38 @@ class Balancer:
         self.placement = placement
         self._start_anew(np.asarray(placement.slot_to_expert, np.int32))
 
+    def set_capacity(
+        self,
+        capacity: Sequence[float],
+        *,
+        lost_ranks: Collection[int] = (),
+        host: RowSource | None = None,
+    ) -> None:
+        """From the next iteration's counts on, plan for ranks of these relative speeds.
+
+        A rank has become slow, is to be left alone (0), or came back. The next looks move all
+        experts off ranks of speed 0, K layers each, before another layer changes; `balanced`
+        divides tokens by these speeds at once. What is on its way is dropped; nothing is compiled.
+        Called between two iterations, the same two on every process; waits until the counts of
+        those before have been read.
+
+        `lost_ranks`: of those of speed 0, the ones whose weights cannot be read any more. Experts
+        that no other rank has come from `host`, such as a `HostCopy`, which is kept for that. Later
+        calls need not name them again; a speed above 0 says that a rank is whole, once it is empty.
+
+        Raises ValueError, and all stays as it was, where the balancer is static, the ranks left
+        have too few slots for all experts, a lost rank has a speed or is back too soon, or experts
+        are lost with a rank and there is no `host`.
+        """
+        if not self.config.layer_updates_per_iter:
+            raise ValueError("layer_updates_per_iter is 0, so no expert would move; set it to 1")
+        host = self._flights.host if host is None else host
+        work = self._worker.set_capacity, capacity, lost_ranks, self.placement, host is not None
+        self._thread.submit(*work).result()
+        self._flights.host = host
+        self._start_anew(self._flights.table.copy())
+        self._tell(CapacitySet(self.iteration, tuple(map(float, capacity)), tuple(lost_ranks)))
+
     def flush(self) -> None:
         """Wait until all counts were read, and tell of the updates whose effect is not yet known.
 
@@ -208,24 +210,18 @@ class Balancer:
 
     def _flip(self, params: Any, tables: PlacementTables) -> tuple[Any, PlacementTables]:
         """Put in force what has been on its way longest."""
-        flight = self._in_flight.popleft()
-        decision = flight.update.decision
-        old = params
+        layers = self._flights.next.update.decision.layers
         try:
-            # What fails on the way must fail here, while the old weights are whole.
-            jax.block_until_ready([staged.arrays() for staged in flight.staged])
-            for staged in flight.staged:
-                params = apply_moves(params, staged)
+            params, flight = self._flights.land(params)
         except Exception as error:
-            self._fail("flip", decision.layers, error)
-            if any(leaf.is_deleted() for leaf in jax.tree.leaves(old)):
-                raise RebalanceError(
-                    f"iteration {self.iteration}: weights were lost while moved: {error}", None
-                ) from error
-            return old, tables
-        self._table = self._table.copy()
-        self._table[decision.layers] = decision.rows
-        self._host_tables = flight.host_tables
+            self._fail("flip", layers, error)
+            if not isinstance(error, RebalanceError):
+                return params, tables
+            if error.params is None:
+                self._error = None  # it would say that the old placement is in force
+                raise
+            return error.params, tables
+        decision = flight.update.decision
         self.placement = dataclasses.replace(self.placement, slot_to_expert=flight.tables[0])
         self._worker.note_flight(decision.iteration, time.perf_counter() - flight.begun)
         moved, costs = int(decision.moves.sum()), self._worker.costs
@@ -239,16 +235,15 @@ class Balancer:
     ) -> tuple[Any, PlacementTables]:
         """What was decided after so many iterations goes on its way, if all processes agree."""
         update = outcome.update
-        wanted = self._table.copy()
-        for flight in self._in_flight:
-            wanted[flight.update.decision.layers] = flight.update.decision.rows
+        wanted = self._flights.table_after()
         if outcome.error is not None:
             wanted[:] = -1  # so that processes where nothing failed stop, too
         elif update is not None:
             wanted[update.decision.layers] = update.decision.rows
         if looks_after(iterations, self.config):
             try:
-                check_agreement(self.iteration, wanted, self._gather)
+                capacity = self._worker.state.capacity  # only `set_capacity` changes it
+                check_agreement(self.iteration, wanted, capacity, self._gather)
             except DigestMismatch as error:
                 self._fail("agreement", (), error)
                 self._error = error
@@ -258,28 +253,15 @@ class Balancer:
         elif update is not None:
             # Rows are read from slots as they will be: what comes before in a layer goes first.
             epoch, layers = self._epoch, update.decision.layers
-            while any(np.isin(f.update.decision.layers, layers).any() for f in self._in_flight):
+            while self._flights.touch(layers):
                 params, tables = self._flip(params, tables)
             if epoch == self._epoch:
                 try:
-                    self._stage(update, params, tables)
+                    due = self.iteration + self.config.moving_iterations
+                    self._flights.send(update, params, tables, due)
                 except Exception as error:
                     self._fail("staging", layers, error)
         return params, tables
-
-    def _stage(self, update: Update, params: Any, tables: PlacementTables) -> None:
-        begun = time.perf_counter()
-        if self._banks is None:
-            raise ValueError("the balancer is not prepared: call prepare(params) first")
-        staged = [stage_moves(params, part, banks=self._banks) for part in update.moves]
-        layers = update.decision.layers
-        before = self._in_flight[-1].host_tables if self._in_flight else self._host_tables
-        host = PlacementTables(*(table.copy() for table in before))
-        for table, rows in zip(host, update.tables, strict=True):
-            table[layers] = rows
-        placed = jax.tree.map(_place_like, host, tables)
-        due = self.iteration + self.config.moving_iterations
-        self._in_flight.append(_InFlight(due, update, staged, placed, host, begun))
 
     def _fail(self, stage: str, layers, error: Exception, told: bool = False) -> None:
         """Tell of it, and plan from the placement that stays in force."""
@@ -292,31 +274,15 @@ class Balancer:
                 "The old placement is in force"
             )
             self._error.__cause__ = error
-        self._start_anew(self._table)
+        self._start_anew(self._flights.table)
 
     def _start_anew(self, table: np.ndarray) -> None:
         """Drop what was decided and is not in force; the worker plans from `table`."""
         self._epoch += 1
-        self._in_flight.clear()
-        if self._host_tables is not None and table is not self._table:
-            self._host_tables = self._worker.derive(table)
-        self._table = table
+        self._flights.restart(table)
         self._thread.submit(self._worker.restart, table)
 
     def _raise_error(self) -> None:
         error, self._error = self._error, None
         if error is not None:
             raise error
-
-    def _tell(self, event: Event) -> None:
-        with self._telling:
-            for listener in self._listeners:
-                listener(event)
-
-
-def _place_like(host: np.ndarray, array: jax.Array) -> jax.Array:
-    """A host array where another array lies."""
-    if array.sharding.is_fully_addressable:
-        return jax.device_put(host, array.sharding)
-    # `device_put` would compare it across processes, which waits for them.
-    return jax.make_array_from_callback(host.shape, array.sharding, lambda index: host[index])

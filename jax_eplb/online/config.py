@@ -37,6 +37,9 @@ class BalancerConfig:
     # What a token on a rank takes in one layer, and how fast weights move; None: measured.
     seconds_per_token: float | None = None
     bytes_per_second: float | None = None
+    # Relative speed of each rank: 1 is that which seconds_per_token is of, 0 holds no expert; None:
+    # all alike. `Balancer.set_capacity` changes it while the model serves.
+    capacity: tuple[float, ...] | None = None
     # So many iterations lie between the last that a plan knows of and the dispatch of its moves,
     # and it is in force so many later. Who needs longer is waited for.
     planning_iterations: int = 2
@@ -70,6 +73,9 @@ class BalancerConfig:
                 f"min_balancedness is {self.min_balancedness}; it is mean / max: use a number "
                 "above 0, up to 1"
             )
+        for rank, speed in enumerate(self.capacity or ()):
+            if not 0 <= speed < math.inf:
+                raise ValueError(f"capacity of rank {rank} is {speed}; use a number of 0 or more")
         if self.effort not in EFFORTS:
             raise ValueError(f"effort {self.effort!r} must be one of: {', '.join(EFFORTS)}")
         for name in ("seconds_per_token", "bytes_per_second"):

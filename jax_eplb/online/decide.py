@@ -16,8 +16,10 @@ from jax_eplb.online.state import (
     choose_layers,
     is_balanced_enough,
     looks_after,
+    must_change,
     note_looks,
     pass_over_quiet,
+    total_speed,
 )
 from jax_eplb.online.worth import Costs, seconds_saved, seconds_to_move, worth_moving
 from jax_eplb.planner import Plan, plan
@@ -60,7 +62,8 @@ def decide(
 
     Depends on nothing but its arguments, so every process decides alike. Of the layers looked at,
     those change whose plan, made from the present placement for the split in use, is worth its
-    moves; those that gain most stand first. Raises ValueError where there is a horizon and no
+    moves; those that gain most stand first. A layer with experts on ranks of speed 0 changes
+    whatever it costs, before all others. Raises ValueError where there is a horizon and no
     costs, or the load cannot be planned for.
     """
     if not looks_after(state.iteration, config):
@@ -72,11 +75,11 @@ def decide(
     if config.horizon is not None and costs is None:
         raise ValueError(f"a horizon of {config.horizon} iterations needs costs to weigh; none")
     layers, state = choose_layers(state, config)
-    layers, state = pass_over_quiet(state, layers, config, served.num_ranks)
+    layers, state = pass_over_quiet(state, layers, config)
     if not layers:
         return state, _nothing(state, ())
     decision = _plan_for(state, layers, config, served, costs)
-    state = note_looks(state, layers, decision.layers, served.num_ranks)
+    state = note_looks(state, layers, decision.layers)
     table = state.table.copy()
     table[decision.layers] = decision.rows
     return state._replace(table=table), decision
@@ -94,17 +97,20 @@ def _plan_for(
     count = min(config.layer_updates_per_iter, len(state.table))
     index = np.array((layers + layers[:1] * count)[:count])
     load, tokens = _load_of(state, index)
-    per_rank = tokens / served.num_ranks
+    per_rank = tokens / total_speed(state)
     present = state.table[index]
-    before = _imbalance(load, present, served)
+    before = _imbalance(load, present, state.capacity, served)
     # What could be gained at most: there is no need to ask the planner where that is too little.
     hopeful = before >= _LEAST_IMBALANCE
     if config.horizon is not None and costs is not None:
         most_saved = seconds_saved(before, np.zeros(count), per_rank, costs)
         hopeful &= worth_moving(most_saved, seconds_to_move(np.ones(count), costs), config.horizon)
+    urgent = must_change(state)[index]
+    hopeful |= urgent
     if not hopeful.any():
         return _nothing(state, layers)
-    found = _plan(load, present, _ids_for(index, layers, served), config, served)
+    ids = _ids_for(index, layers, served)
+    found = _plan(load, present, state.capacity, ids, config, served)
     expected = np.asarray(found.imbalance, np.float64)
     moves = np.asarray(found.moves)
     saved, cost = np.zeros(count), np.zeros(count)
@@ -114,8 +120,9 @@ def _plan_for(
     worth = (moves > 0) & (expected < before)
     if config.horizon is not None:
         worth &= worth_moving(saved, cost, config.horizon)
+    worth |= urgent
     worth[len(layers) :] = False
-    order = np.argsort(-(before - expected) * per_rank, kind="stable")
+    order = np.lexsort((-(before - expected) * per_rank, ~urgent))
     chosen = order[worth[order]]
     return Decision(
         iteration=state.iteration,
@@ -138,13 +145,15 @@ def prepare_decisions(state: BalancerState, config: BalancerConfig, served: Serv
     index = np.zeros(count, int)
     load, _ = _load_of(state._replace(load=np.ones_like(state.load), weight=1.0), index)
     present = state.table[index]
-    _imbalance(load, present, served)
-    _plan(load, present, tuple(range(count)), config, served).imbalance.block_until_ready()
+    _imbalance(load, present, state.capacity, served)
+    found = _plan(load, present, state.capacity, tuple(range(count)), config, served)
+    found.imbalance.block_until_ready()
 
 
 def _plan(
     load: np.ndarray,
     present: np.ndarray,
+    capacity: np.ndarray,
     layer_ids: tuple[int, ...],
     config: BalancerConfig,
     served: Served,
@@ -158,6 +167,7 @@ def _plan(
         max_moves=num_slots if config.max_moves is None else config.max_moves,
         split=served.split,
         effort=config.effort,
+        capacity=jnp.asarray(capacity),  # also where all are alike, so that one program does
         layer_ids=layer_ids,
     )
 
@@ -185,9 +195,11 @@ def _load_of(state: BalancerState, index: np.ndarray) -> tuple[np.ndarray, np.nd
     return window, tokens
 
 
-def _imbalance(load: np.ndarray, table: np.ndarray, served: Served) -> np.ndarray:
+def _imbalance(
+    load: np.ndarray, table: np.ndarray, capacity: np.ndarray, served: Served
+) -> np.ndarray:
     score = _scorer(served.split)
-    found = score(jnp.asarray(load, jnp.float32), jnp.asarray(table), served.num_ranks)
+    found = score(jnp.asarray(load, jnp.float32), jnp.asarray(table), served.num_ranks, capacity)
     return np.asarray(found, np.float64)
 
 

@@ -17,23 +17,29 @@ from jax_eplb.online.errors import DigestMismatch
 Gather = Callable[[np.ndarray], np.ndarray]
 
 
-def digest(iteration: int, table: np.ndarray) -> np.ndarray:
-    """uint32[2] of the iteration and the placement that is to be in force, int32[L, S].
+def digest(iteration: int, table: np.ndarray, capacity: np.ndarray) -> np.ndarray:
+    """uint32[2] of the iteration, the placement that is to be in force, and the ranks' speeds.
 
-    >>> table = np.array([[0, 1, 2, 0]])
-    >>> bool((digest(7, table) == digest(7, table)).all())
+    `table` int32[L, S], `capacity` float32[P].
+
+    >>> table, speeds = np.array([[0, 1, 2, 0]]), np.ones(2)
+    >>> bool((digest(7, table, speeds) == digest(7, table, speeds)).all())
     True
-    >>> bool((digest(7, table) == digest(8, table)).all())
+    >>> bool((digest(7, table, speeds) == digest(8, table, speeds)).all())
     False
     """
     values = np.ascontiguousarray(table, dtype="<i4")
     head = np.array([iteration, *values.shape], "<i8")
-    found = hashlib.blake2b(head.tobytes() + values.tobytes(), digest_size=8).digest()
+    speeds = np.ascontiguousarray(capacity, dtype="<f4")
+    whole = head.tobytes() + values.tobytes() + speeds.tobytes()
+    found = hashlib.blake2b(whole, digest_size=8).digest()
     return np.frombuffer(found, "<u4").astype(np.uint32)
 
 
-def check_agreement(iteration: int, table: np.ndarray, gather: Gather | None = None) -> None:
-    """Raise DigestMismatch unless all processes are to have this placement after this iteration.
+def check_agreement(
+    iteration: int, table: np.ndarray, capacity: np.ndarray, gather: Gather | None = None
+) -> None:
+    """Raise DigestMismatch unless all processes have decided on this, as `digest` has it.
 
     A collective call: every process makes it at the same iteration. One process has nothing to
     compare with.
@@ -42,14 +48,15 @@ def check_agreement(iteration: int, table: np.ndarray, gather: Gather | None = N
         if jax.process_count() == 1:
             return
         gather = _gather
-    own = digest(iteration, table)
+    own = digest(iteration, table, capacity)
     all_of_them = np.asarray(gather(own)).reshape(-1, own.size)
     differs = (all_of_them != own).any(axis=1)
     if differs.any():
         raise DigestMismatch(
             f"iteration {iteration}: process {jax.process_index()} decided on another placement "
             f"than process {np.flatnonzero(differs).tolist()}; nothing was moved. All processes "
-            "need the same counts, the same version of jax_eplb and JAX, and CPUs of one kind"
+            "need the same counts and calls, the same version of jax_eplb and JAX, and CPUs of one "
+            "kind"
         )
 
 

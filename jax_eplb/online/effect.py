@@ -44,7 +44,9 @@ class Effects:
         """The updates that are still to come will not."""
         self._coming.clear()
 
-    def measure(self, iteration: int, rank_tokens: np.ndarray) -> Iterator[LayerUpdate]:
+    def measure(
+        self, iteration: int, rank_tokens: np.ndarray, capacity: np.ndarray | None = None
+    ) -> Iterator[LayerUpdate]:
         """One iteration's tokens of the ranks, [L, P]; yields the updates that are complete."""
         for position, update in [c for c in self._coming if c[1].step <= iteration]:
             yield from self._close(position)
@@ -52,7 +54,7 @@ class Effects:
             self._recent[position].clear()
             self._open[position] = dataclasses.replace(update, imbalance_before=before)
         self._coming = [c for c in self._coming if c[1].step > iteration]
-        for position, value in enumerate(metrics.imbalance(rank_tokens)):
+        for position, value in enumerate(metrics.imbalance(rank_tokens, capacity)):
             if rank_tokens[position].any():
                 self._recent[position].append(float(value))
             if len(self._recent[position]) == _WINDOW:

@@ -8,7 +8,8 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,18 @@ class Failure:
     """Something failed; the old placement is in force."""
 
     step: int
-    stage: str  # "counts", "planning", "staging", "agreement" or "flip"
+    stage: str  # "counts", "planning", "staging", "agreement", "flip" or "listener"
     layers: tuple[int, ...]  # the model's numbers; empty where it was not of certain layers
     error: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CapacitySet:
+    """The ranks have other speeds from here on."""
+
+    step: int  # the first iteration whose counts are planned for with these
+    capacity: tuple[float, ...]
+    lost_ranks: tuple[int, ...]  # whose weights cannot be read any more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +86,7 @@ class Stall:
     seconds: float
 
 
-Event = LayerUpdate | Look | Failure | StepSeen | Stall
+Event = LayerUpdate | Look | Failure | CapacitySet | StepSeen | Stall
 Listener = Callable[[Event], None]
 
 
@@ -90,23 +100,54 @@ def as_dict(event: Event) -> dict[str, Any]:
 
 
 def log_event(event: Event) -> None:
-    """Updates at level INFO, looks at DEBUG, failures at ERROR."""
-    levels = {LayerUpdate: logging.INFO, Look: logging.DEBUG, Failure: logging.ERROR}
+    """Updates at level INFO, looks at DEBUG, speeds at WARNING, failures at ERROR."""
+    levels = {
+        LayerUpdate: logging.INFO,
+        Look: logging.DEBUG,
+        CapacitySet: logging.WARNING,
+        Failure: logging.ERROR,
+    }
     level = levels.get(type(event))
     if level is not None and _logger.isEnabledFor(level):
         _logger.log(level, "%s", json.dumps(as_dict(event)))
 
 
-class JsonLines:
-    """Writes updates and failures to a file, one JSON object a line, each as it happens."""
+class Tell:
+    """Tells listeners of events, from any thread, one at a time.
 
-    def __init__(self, path: str | os.PathLike):
-        self._file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115  (closed by `close`)
+    One that raises is left out from then on, which is an event, too: the model serves on where a
+    log cannot be written.
+    """
+
+    def __init__(self, listeners: Sequence[Listener]):
+        self._listeners, self._one_at_a_time = [*listeners], threading.Lock()
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, LayerUpdate | Failure):
-            self._file.write(json.dumps(as_dict(event)) + "\n")
-            self._file.flush()
+        with self._one_at_a_time:
+            told = [event]
+            for happened in told:  # what fails is added while it is read
+                for listener in [*self._listeners]:
+                    try:
+                        listener(happened)
+                    except Exception as error:
+                        self._listeners.remove(listener)
+                        why = f"{listener} is told nothing more: {type(error).__name__}: {error}"
+                        told.append(Failure(event.step, "listener", (), why))
+
+
+class JsonLines:
+    """Writes updates, speeds and failures to a file, a JSON object a line, each as it happens."""
+
+    def __init__(self, path: str | os.PathLike):
+        # Unbuffered: what a full disk did not take is not tried again by `close`, which would fail.
+        self._file = Path(path).open("wb", buffering=0)  # noqa: SIM115  (closed by `close`)
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, LayerUpdate | CapacitySet | Failure):
+            self._file.write(f"{json.dumps(as_dict(event))}\n".encode())
+
+    def __repr__(self) -> str:
+        return f"JsonLines({self._file.name!r})"
 
     def close(self) -> None:
         self._file.close()

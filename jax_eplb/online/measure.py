@@ -7,8 +7,29 @@ import jax
 import numpy as np
 
 from jax_eplb.moving import Banks, Moves, stage_moves
+from jax_eplb.online.config import BalancerConfig
+from jax_eplb.online.digest import from_first_process
+from jax_eplb.online.worth import Costs
 
 _TIMES = 3
+
+
+def measured_costs(
+    params: Any, banks: Banks, config: BalancerConfig, seconds_per_token: float | None
+) -> Costs:
+    """Process 0's costs on every process: those that the config gives, else those measured.
+
+    Raises ValueError where there is a horizon, and nobody gave the time of a token.
+    """
+    per_token = config.seconds_per_token or seconds_per_token
+    if per_token is None and config.horizon is not None:
+        raise ValueError(
+            "a horizon weighs time against time: give seconds_per_token, what a token takes on a "
+            "rank in one layer"
+        )
+    speed = config.bytes_per_second or measure_bytes_per_second(params, banks)
+    found = from_first_process(np.array([per_token or 0.0, speed]))
+    return Costs(float(found[0]), float(found[1]), bytes_of_slot(params, banks))
 
 
 def bytes_of_slot(params: Any, banks: Banks) -> int:

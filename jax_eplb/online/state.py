@@ -4,6 +4,8 @@ Axes: W iterations kept, L layers, E experts, S slots, P ranks. All on the host,
 every process that sees the same counts has the same state, bit for bit.
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,13 +29,15 @@ class BalancerState(NamedTuple):
     weight: float  # what an iteration of one token in each place would have left in `load`
     window: np.ndarray  # float32[W, L, E], the newest last; W = 0 where the load fades
     table: np.ndarray  # int32[L, S]: the placement decided on, in force or soon
+    capacity: np.ndarray  # float32[P]: the ranks' relative speeds; 0 holds nothing
     group: int  # whose turn it is, of the groups that layers are divided into
     waiting: np.ndarray  # bool[L]: not yet looked at in this round
-    excess: np.ndarray  # float32[L], fading: tokens that the fullest rank had above the mean
+    # float32[L], fading: tokens that the fullest rank had above the mean, as one of speed 1 counts.
+    excess: np.ndarray
     fruitless: np.ndarray  # int32[L]: looks in a row that found nothing worth moving
     passed: np.ndarray  # int32[L]: turns passed over since the last of them
     calm: np.ndarray  # float32[L]: `recent_imbalance` at the last of them
-    usual: float  # imbalance, mean over the layers, fading
+    usual: float  # imbalance, mean over the layers, fading; infinite where none was seen
     jumps: int  # iterations in a row in which it was far above that
     balancedness: float  # sum over the iterations since the last look
     since_look: int
@@ -42,6 +46,7 @@ class BalancerState(NamedTuple):
 def initial_state(placement: Placement, config: BalancerConfig) -> BalancerState:
     """Before the first iteration, with the placement in force."""
     table = np.asarray(placement.slot_to_expert, np.int32)
+    capacity = np.ones(placement.num_ranks) if config.capacity is None else config.capacity
     num_layers = len(table)
     shape = (num_layers, placement.num_experts)
     return BalancerState(
@@ -50,13 +55,14 @@ def initial_state(placement: Placement, config: BalancerConfig) -> BalancerState
         weight=0.0,
         window=np.zeros((config.window_size or 0, *shape), np.float32),
         table=table,
+        capacity=np.asarray(capacity, np.float32),
         group=0,
         waiting=np.ones(num_layers, bool),
         excess=np.zeros(num_layers, np.float32),
         fruitless=np.zeros(num_layers, np.int32),
         passed=np.zeros(num_layers, np.int32),
         calm=np.zeros(num_layers, np.float32),
-        usual=0.0,
+        usual=math.inf,
         jumps=0,
         balancedness=0.0,
         since_look=0,
@@ -91,23 +97,22 @@ def observe(
         )
     counts = counts.astype(np.float32)
     decay = np.float32(config.decay)
-    mean = rank_tokens.mean(axis=1)
-    excess = (rank_tokens.max(axis=1) - mean).astype(np.float32)
+    imbalance = metrics.imbalance(rank_tokens, state.capacity)
+    excess = imbalance * rank_tokens[:, state.capacity > 0].sum(axis=1) / total_speed(state)
     # Iterations without a token say nothing of balance.
     seen = bool(counts.any())
     window, usual, jumps = state.window, state.usual, state.jumps
     if len(window):
         window = np.concatenate([window[1:], counts[None]])
-        imbalance = float(metrics.imbalance(rank_tokens).mean())
-        factor = config.change_factor
-        jumped = factor is not None and imbalance > factor * usual + _LEAST_JUMP
-        jumps = jumps + 1 if jumped and state.iteration else 0
+        now, factor = float(imbalance.mean()), config.change_factor
+        jumped = factor is not None and now > factor * usual + _LEAST_JUMP
+        jumps = jumps + 1 if jumped else 0
         if jumps == _JUMPS:
             window[:-_JUMPS] = 0
         if seen:
-            usual = config.decay * usual + (1 - config.decay) * imbalance
-            usual = usual if state.iteration else imbalance
-    even = float(metrics.balancedness_mean_of_ratios(rank_tokens)) if seen else 0.0
+            fading = config.decay * usual + (1 - config.decay) * now
+            usual = now if math.isinf(usual) else fading
+    even = metrics.balancedness_mean_of_ratios(rank_tokens, state.capacity)
     return state._replace(
         iteration=state.iteration + 1,
         load=decay * state.load + counts,
@@ -115,10 +120,42 @@ def observe(
         window=window,
         usual=usual,
         jumps=jumps,
-        excess=decay * state.excess + excess,
-        balancedness=state.balancedness + even,
+        excess=decay * state.excess + excess.astype(np.float32),
+        balancedness=state.balancedness + (float(even) if seen else 0.0),
         since_look=state.since_look + seen,
     )
+
+
+def with_capacity(state: BalancerState, capacity: np.ndarray) -> BalancerState:
+    """The state after ranks became slower or faster, are gone (0) or came back.
+
+    What was found before says nothing any more: neither how uneven the layers usually are, nor
+    which of them are not worth a look.
+    """
+    return state._replace(
+        capacity=np.asarray(capacity, np.float32),
+        fruitless=np.zeros_like(state.fruitless),
+        passed=np.zeros_like(state.passed),
+        usual=math.inf,
+        jumps=0,
+    )
+
+
+def total_speed(state: BalancerState) -> float:
+    """How many ranks of speed 1 the ranks are worth."""
+    return float(state.capacity.sum(dtype=np.float64))
+
+
+def layers_on(state: BalancerState, ranks: Sequence[int] | np.ndarray) -> np.ndarray:
+    """bool[L]: the layers that have experts on any of these ranks."""
+    num_experts = state.load.shape[1]
+    filled = state.table.reshape(len(state.table), len(state.capacity), -1) < num_experts
+    return filled[:, ranks].any(axis=(1, 2))
+
+
+def must_change(state: BalancerState) -> np.ndarray:
+    """bool[L]: the layers that have experts on ranks of speed 0."""
+    return layers_on(state, np.flatnonzero(state.capacity == 0))
 
 
 def looks_after(iterations: int, config: BalancerConfig) -> bool:
@@ -134,7 +171,7 @@ def looks_after(iterations: int, config: BalancerConfig) -> bool:
 
 def is_balanced_enough(state: BalancerState, config: BalancerConfig) -> bool:
     """Whether `min_balancedness` says that there is nothing to do."""
-    if config.min_balancedness is None:
+    if config.min_balancedness is None or must_change(state).any():
         return False
     return not state.since_look or state.balancedness / state.since_look >= config.min_balancedness
 
@@ -146,10 +183,14 @@ def choose_layers(
 
     As in TensorRT-LLM the L layers are dealt to ceil(L / K) groups, whose turn it is one after the
     other. With a horizon each round begins with the layers whose fullest ranks lately had most
-    above the mean, since there is most to gain.
+    above the mean, since there is most to gain. Layers that have experts on ranks of speed 0 come
+    before all others, and take nobody's turn.
     """
     num_layers = len(state.table)
     most = min(config.layer_updates_per_iter, num_layers)
+    urgent = np.flatnonzero(must_change(state))
+    if urgent.size:
+        return tuple(int(layer) for layer in urgent[:most]), state
     num_groups = -(-num_layers // most)
     if config.horizon is None:
         chosen = tuple(range(state.group, num_layers, num_groups))
@@ -164,30 +205,30 @@ def choose_layers(
     return chosen, state._replace(waiting=waiting)
 
 
-def recent_imbalance(state: BalancerState, num_ranks: int) -> np.ndarray:
+def recent_imbalance(state: BalancerState) -> np.ndarray:
     """Measured, float32[L], fading: how far the fullest ranks were above the mean.
 
     Each iteration counts by its tokens.
     """
-    mean = state.load.sum(axis=1) / np.float32(num_ranks)
+    mean = state.load.sum(axis=1) / np.float32(total_speed(state))
     return state.excess / np.where(mean > 0, mean, np.float32(1))
 
 
 def pass_over_quiet(
-    state: BalancerState, layers: tuple[int, ...], config: BalancerConfig, num_ranks: int
+    state: BalancerState, layers: tuple[int, ...], config: BalancerConfig
 ) -> tuple[tuple[int, ...], BalancerState]:
     """Which of the layers whose turn it is are worth a plan, and the state afterwards.
 
     Planning costs time, and where nothing was found lately and nothing has become worse, nothing
     will be found now: not before the load planned for has changed by a good part.
     """
-    now = recent_imbalance(state, num_ranks)
+    now = recent_imbalance(state)
     memory = config.window_size or 1 / (1 - config.decay)
     num_groups = -(-len(state.table) // config.layer_updates_per_iter)
     most = int(memory / (2 * num_groups * config.step_interval))
     limit = np.minimum(2 ** np.maximum(state.fruitless - 1, 0), most)
     worse = now > state.calm * np.float32(1 + _WORSE_BY) + np.float32(_WORSE_AT_LEAST)
-    look = (state.fruitless == 0) | (state.passed >= limit) | worse
+    look = (state.fruitless == 0) | (state.passed >= limit) | worse | must_change(state)
     passed = state.passed.copy()
     turn = np.array(layers, int)
     passed[turn] = np.where(look[turn], 0, passed[turn] + 1)
@@ -195,11 +236,11 @@ def pass_over_quiet(
 
 
 def note_looks(
-    state: BalancerState, looked_at: tuple[int, ...], changed: np.ndarray, num_ranks: int
+    state: BalancerState, looked_at: tuple[int, ...], changed: np.ndarray
 ) -> BalancerState:
     """Remember which looks found nothing worth moving."""
     fruitless, calm = state.fruitless.copy(), state.calm.copy()
     turn = np.array(looked_at, int)
     fruitless[turn] = np.where(np.isin(turn, changed), 0, np.minimum(fruitless[turn] + 1, 30))
-    calm[turn] = recent_imbalance(state, num_ranks)[turn]
+    calm[turn] = recent_imbalance(state)[turn]
     return state._replace(fruitless=fruitless, calm=calm)

@@ -8,7 +8,7 @@ import collections
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,12 +16,19 @@ import numpy as np
 
 from jax_eplb import metrics
 from jax_eplb.moving import Moves, find_moves
+from jax_eplb.online.capacity import checked_capacity, lost_after
 from jax_eplb.online.config import BalancerConfig
 from jax_eplb.online.decide import Decision, Served, decide, prepare_decisions
 from jax_eplb.online.effect import Effects
 from jax_eplb.online.events import Event, Failure, LayerUpdate, Look, StepSeen
 from jax_eplb.online.parts import in_parts
-from jax_eplb.online.state import choose_layers, initial_state, looks_after, observe
+from jax_eplb.online.state import (
+    choose_layers,
+    initial_state,
+    looks_after,
+    observe,
+    with_capacity,
+)
 from jax_eplb.online.worth import Costs
 from jax_eplb.placement import Placement
 from jax_eplb.tables import PlacementTables, derive_tables
@@ -63,6 +70,7 @@ class Worker:
         self.config, self.served, self._tell = config, served, tell
         self.state = initial_state(placement, config)
         self.costs: Costs | None = None
+        self._lost: frozenset[int] = frozenset()  # ranks whose weights cannot be read
         self._max_replicas = placement.max_replicas
         self._slots_per_rank, self._ranks_per_node = placement.slots_per_rank, ranks_per_node
         # K, or L where there are fewer layers.
@@ -102,6 +110,22 @@ class Worker:
         self.state = self.state._replace(table=table)
         self._effects.forget()
 
+    def set_capacity(
+        self,
+        capacity: Sequence[float],
+        lost_ranks: Collection[int],
+        in_force: Placement,
+        has_host: bool,
+    ) -> None:
+        """Plan for these speeds from now on.
+
+        Raises the errors of `checked_capacity` and `lost_after`, and then changes nothing.
+        """
+        with self._on_cpu():
+            values = checked_capacity(capacity, in_force, lost_ranks)
+        self._lost = lost_after(self.state, values, self._lost, lost_ranks, in_force, has_host)
+        self.state = with_capacity(self.state, values)
+
     def close_effects(self) -> None:
         """Tell of the updates whose effect was not measured in full."""
         for update in self._effects.close():
@@ -114,7 +138,7 @@ class Worker:
             self._flights.popitem(last=False)
 
     def derive(self, table: np.ndarray) -> PlacementTables:
-        """The tables of some layers' placements, in numpy."""
+        """The tables of some layers' placements, in numpy, for the ranks' speeds."""
         with self._on_cpu():
             derived = derive_tables(
                 table,
@@ -122,13 +146,15 @@ class Worker:
                 num_ranks=self.served.num_ranks,
                 max_replicas=self._max_replicas,
                 with_leveling=self.served.split == "balanced",
+                capacity=self.state.capacity,
             )
         return jax.tree.map(np.asarray, derived)
 
     def _hear(self, iteration: int, by_rank: np.ndarray) -> None:
-        imbalance = tuple(float(x) for x in metrics.imbalance(by_rank))
+        capacity = self.state.capacity
+        imbalance = tuple(float(x) for x in metrics.imbalance(by_rank, capacity))
         self._tell(StepSeen(iteration, imbalance, self.served.layer_ids, int(by_rank.sum())))
-        for update in self._effects.measure(iteration, by_rank):
+        for update in self._effects.measure(iteration, by_rank, capacity):
             self._tell_of(update)
 
     def _decide(self, iteration: int) -> Update | None:
@@ -152,6 +178,7 @@ class Worker:
             num_ranks=self.served.num_ranks,
             num_experts=self.served.num_experts,
             ranks_per_node=self._ranks_per_node,
+            lost_ranks=self._lost,
         )
         moves = moves._replace(layer=layers[moves.layer].astype(np.int32))
         # Always K layers, so that one program does.

@@ -24,7 +24,8 @@ def balanced(
     division and reads off its own part, so that no more needs to be said. Of all divisions of the
     batch the fullest rank of this one is the lightest, within about a thousandth of the mean or a
     token; and among the ways to fill it, tokens stay on their rank, or else on their node, as far
-    as that costs no balance. The batch, of all ranks, must have fewer than 2^31 choices.
+    as that costs no balance. A slower rank counts as fuller by the tables' `handicap`. The batch,
+    of all ranks, must have fewer than 2^31 choices.
 
     The ranks agree because they run the same program on the same numbers, on devices of one kind.
     Were their floats to differ, a rank would send a few tokens elsewhere than the others expect,
@@ -66,8 +67,8 @@ def plain_share(
 ) -> Int[Array, "S"]:
     """The same in plain JAX: elsewhere than on an NVIDIA GPU, and for very many replicas."""
     slot, slot_to_expert = tables.replicated_slots, tables.slot_to_expert
-    # Right for the slots of experts that have no other.
-    share = counts[rank, slot_to_expert]
+    # Right for the slots of experts that have no other, and for empty ones.
+    share = counts[rank].at[slot_to_expert].get(mode="fill", fill_value=0)
     if slot.size == 0:
         return share
 
@@ -82,10 +83,11 @@ def plain_share(
         return jnp.where(used, table[tuple(jnp.maximum(i, 0) for i in index)], 0)
 
     tokens = counts.sum(axis=0, dtype=jnp.int32)
-    is_single = tables.replica_count[slot_to_expert] == 1
-    fixed = jnp.where(is_single, tokens[slot_to_expert], 0)
+    num_replicas = tables.replica_count.at[slot_to_expert].get(mode="fill", fill_value=0)
+    fixed = jnp.where(num_replicas == 1, tokens.at[slot_to_expert].get(mode="clip"), 0)
     fixed = fixed.reshape(ranks.num_ranks, -1).sum(axis=1, dtype=jnp.int32)
     mean = tokens.sum(dtype=jnp.int32).astype(jnp.float32) / ranks.num_ranks
+    fixed = fixed + (tables.handicap * mean).astype(jnp.int32)
     slot_tokens, slot_fixed = pick(tokens, expert), pick(fixed, rank_of_slot)
     quota = whole_quota(slot_tokens, slot_fixed, mean, tables.leveling, replicas)
 

@@ -54,6 +54,7 @@ def kernel_share(
         tables.replica_count,
         tables.replicated_slots,
         lax.stop_gradient(tables.leveling),
+        lax.stop_gradient(tables.handicap),
     )
     inputs = equally_varying(inputs)
     varying = jax.typeof(inputs[0]).manual_axis_type
@@ -77,6 +78,7 @@ def _kernel(
     replicas_ref,
     slots_ref,
     leveling_ref,
+    handicap_ref,
     share_ref,
     sums_ref,
     *,
@@ -101,9 +103,11 @@ def _kernel(
     beside = rank_of_slot[:, None] * per_rank + place  # the slots of the same rank, [J, N]
     is_beside = used[:, None] & (place < per_rank)
     expert_beside = _load(expert_ref, beside, is_beside)
-    is_single = is_beside & (_load(replicas_ref, expert_beside, is_beside) == 1)
+    is_filled = is_beside & (expert_beside < num_experts)
+    is_single = is_filled & (_load(replicas_ref, expert_beside, is_filled) == 1)
     there = _load_two(counts_ref, rank_of_slot, expert, used)
     leveling = leveling_ref[...]
+    handicap = _load(handicap_ref, rank_of_slot, used)
 
     sums = _add_up(counts_ref, rank, per_node)
     each = lax.iota(jnp.int32, power_of_two(num_experts))
@@ -115,6 +119,7 @@ def _kernel(
     tokens, before, near_before = (_load_row(sums_ref, row, expert, used) for row in range(3))
     fixed = _load_row(sums_ref, 0, expert_beside, is_single).sum(axis=1, dtype=jnp.int32)
     mean = sums[0].sum(dtype=jnp.int32).astype(jnp.float32) / num_ranks
+    fixed = fixed + (handicap * mean).astype(jnp.int32)
     replicas = _laid_out_like(leveling, describe(expert, rank_of_slot))
     quota = whole_quota(tokens, fixed, mean, leveling, replicas)
 
@@ -132,8 +137,10 @@ def _kernel(
     every = lax.iota(jnp.int32, power_of_two(num_slots))
     exists = every < num_slots
     its_expert = _load(expert_ref, every, exists)
-    exists = exists & (_load(replicas_ref, its_expert, exists) == 1)
-    plgpu.store(share_ref.at[every], _load_row(counts_ref, rank, its_expert, exists), mask=exists)
+    is_filled = exists & (its_expert < num_experts)
+    alone = exists & (_load(replicas_ref, its_expert, is_filled) <= 1)  # or empty
+    tokens = _load_row(counts_ref, rank, its_expert, is_filled)
+    plgpu.store(share_ref.at[every], tokens, mask=alone)
 
 
 def _laid_out_like(loaded, replicas: Replicas) -> Replicas:

@@ -43,7 +43,8 @@ def deal(
     """Deal each expert's choices in turn over those of its slots that are eligible."""
     slots = tables.slots_by_expert
     expert = tables.slot_to_expert[slots]
-    takes = eligible[slots].astype(jnp.int32)
+    is_filled = expert < tables.replica_count.size
+    takes = (eligible[slots] & is_filled).astype(jnp.int32)
     before = jnp.cumsum(takes, dtype=jnp.int32) - takes
     last = jnp.cumsum(tables.replica_count, dtype=jnp.int32)[expert] - 1
     first = last - tables.replica_count[expert] + 1

@@ -14,8 +14,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from jax_eplb.load import Recorder
-from jax_eplb.models import Cache, parameters
-from jax_eplb.models.weights import SavedDecoder
+from jax_eplb.mesh import lay_out
+from jax_eplb.models import Cache
+from jax_eplb.models.weights import SavedDecoder, StoredDecoder
 from jax_eplb.moving import RebalanceError, find_banks, prepare_moves, rebalance
 from jax_eplb.online import Balancer, BalancerConfig, Listener
 from jax_eplb.placement import Placement
@@ -79,7 +80,7 @@ class Engine:
 
     def __init__(
         self,
-        saved: SavedDecoder,
+        saved: SavedDecoder | StoredDecoder,
         *,
         mesh: Mesh,
         placement: Placement,
@@ -99,13 +100,12 @@ class Engine:
             moe_max_num_tokens=serving.moe_max_num_tokens,
             replica_choice=serving.replica_choice,
         )
-        table = np.asarray(placement.slot_to_expert)
-        self._params = parameters.on_mesh(saved.params, table, config, mesh, AXIS, dtype)
+        self._params = saved.on_mesh(placement, mesh, AXIS, dtype)
         self.placement, self._tables = placement, self._tables_of(placement)
         banks = find_banks(self._params, num_slots=placement.num_slots, axis_name=AXIS)
         prepare_moves(self._params, _SLOTS_AT_ONCE, banks=banks)
-        temperature = np.float32(serving.temperature)
-        self._temperature = jax.device_put(temperature, NamedSharding(mesh, P()))
+        temperature = np.asarray(serving.temperature, np.float32)
+        self._temperature = lay_out(temperature, NamedSharding(mesh, P()))
         self._state = self._empty_state()
         self._statics = Statics(config, self.moe, mesh)
         self.balancer = None
@@ -148,7 +148,8 @@ class Engine:
 
     def _tables_of(self, placement: Placement) -> PlacementTables:
         tables = placement.tables(with_leveling=self.moe.needs_leveling)
-        return jax.device_put(tables, NamedSharding(self.mesh, P()))
+        everywhere = NamedSharding(self.mesh, P())
+        return jax.tree.map(lambda table: lay_out(np.asarray(table), everywhere), tables)
 
     def recorder(self, start: int = 0, stop: int | None = None) -> Recorder:
         """A recorder for this model, and for its placement unless that may change."""
@@ -183,8 +184,12 @@ class Engine:
         *,
         recorder: Recorder | None = None,
         on_progress: Callable[[int], None] = lambda finished: None,
+        on_finished: Callable[[int, np.ndarray], None] = lambda request, output: None,
     ) -> RunResult:
-        """Serve all requests; `on_progress` hears how many are finished after each step.
+        """Serve all requests.
+
+        `on_progress` hears how many are finished after each step, `on_finished` of each of them by
+        its index, with its tokens.
 
         The loop stays a step ahead of the device and reads tokens when they are done; a step
         itself never waits for the host.
@@ -200,7 +205,8 @@ class Engine:
             next_tokens = np.asarray(tokens).reshape(plan.owners.shape)
             for place, owner, written in plan.rows():
                 outputs[owner][written - len(requests[owner].prompt)] = next_tokens[place]
-            schedule.finish(plan)
+            for request in schedule.finish(plan):
+                on_finished(request, outputs[request])
             on_progress(len(schedule.latencies))
 
         while not schedule.done:
@@ -271,7 +277,7 @@ class Engine:
         spread = NamedSharding(self.mesh, P(AXIS))
 
         def put(x):
-            return jax.device_put(x.reshape(-1, *x.shape[2:]), spread)
+            return lay_out(x.reshape(-1, *x.shape[2:]), spread)
 
         rows = Rows(*(put(x) for x in (plan.positions, plan.lengths, plan.seats, plan.seeds)))
         prompts = None if plan.prompts is None else put(plan.prompts)
@@ -292,5 +298,5 @@ class Engine:
         shape = (config.num_layers, seats, serving.max_length, config.num_heads, config.head_dim)
         by_seat = NamedSharding(self.mesh, P(None, AXIS))
         make = jax.jit(lambda: jnp.zeros(shape, self._dtype), out_shardings=by_seat)
-        last = jax.device_put(np.zeros(seats, np.int32), NamedSharding(self.mesh, P(AXIS)))
+        last = lay_out(np.zeros(seats, np.int32), NamedSharding(self.mesh, P(AXIS)))
         return State(Cache(make(), make()), last)

@@ -75,13 +75,15 @@ class Schedule:
             return self._admit(free)
         return self._continue()
 
-    def finish(self, plan: StepPlan) -> None:
-        """Note which requests a completed step was the last of."""
-        now = time.perf_counter()
+    def finish(self, plan: StepPlan) -> list[int]:
+        """The requests that a completed step was the last of."""
+        now, finished = time.perf_counter(), []
         for _, request, written in plan.rows():
             end = len(self.requests[request].prompt) + self.requests[request].output_length
             if written == end - 1:  # the last token is never read
                 self.latencies[request] = now - self._admitted[request]
+                finished.append(request)
+        return finished
 
     def _num_seated(self) -> int:
         return sum(seated is not None for row in self._seats for seated in row)

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from jax_eplb.models import Cache, DecoderConfig, DecoderParams, decode, parameters
 from jax_eplb.models.decoder import Batch, logits_of
 from jax_eplb.moe import MoEConfig
+from jax_eplb.moving.delivery import one_process
 from jax_eplb.tables import PlacementTables
 
 AXIS = "expert"
@@ -56,7 +57,11 @@ def run_step(
     rows: Rows,
     temperature,
 ):
-    """One iteration on all ranks: the new state, the next tokens [P·B], and both counts."""
+    """One iteration on all ranks: the new state, the next tokens [P·B], and both counts.
+
+    The counts are int32[P, L, E] by routing rank and int32[P, L]. Over several processes each gets
+    all tokens and counts, those by expert added up, [1, L, E].
+    """
     rank: Any = P(AXIS)
     cache: Any = P(None, AXIS)
     state_specs = State(Cache(cache, cache), rank)
@@ -73,7 +78,14 @@ def run_step(
         ),
         out_specs=(state_specs, rank, rank, rank),
     )
-    return run(params, tables, state, prompts, rows, temperature)
+    state, next_tokens, expert_tokens, rank_tokens = run(
+        params, tables, state, prompts, rows, temperature
+    )
+    if one_process(statics.mesh):
+        return state, next_tokens, expert_tokens, rank_tokens
+    seen = (next_tokens, expert_tokens.sum(axis=0, keepdims=True), rank_tokens)
+    everywhere = NamedSharding(statics.mesh, P())
+    return state, *jax.lax.with_sharding_constraint(seen, everywhere)
 
 
 def _local_step(statics, params, tables, state, prompts, rows, temperature):

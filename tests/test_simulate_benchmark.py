@@ -1,0 +1,37 @@
+import numpy as np
+import pytest
+
+from benchmarks.simulate import _costs_of, _parse_ranks, _preset_of, read
+from benchmarks.step_times import RANKS, _whole_rows
+from jax_eplb import Placement
+from jax_eplb.simulate import Costs
+
+pytestmark = pytest.mark.light_compile
+
+
+def test_recordings_get_the_costs_of_the_preset_that_they_are_named_for(tmp_path):
+    path = tmp_path / "counts.npz"
+    np.savez(path, gpt_oss_20b_w1024=np.ones((2, 3, 32), int), other=np.ones((1, 1, 4), int))
+    (oss, other), notes = read([str(path)])
+    assert (oss.num_experts, oss.experts_per_token, oss.counts.shape) == (32, 4, (2, 3, 32))
+    preset = _preset_of(oss.source)
+    assert preset is not None
+    assert preset.stem == "gpt_oss_20b"
+    assert _costs_of(oss).bytes_per_expert == 3 * 2880 * 2880 * 4.25 / 8
+    assert _costs_of(other) == Costs()
+    assert notes == []
+    assert _parse_ranks("32:8,128:16") == {32: 8, 128: 16}
+
+
+@pytest.mark.parametrize("split", ["even", "balanced"])
+def test_rows_are_whole_and_none_is_lost(split):
+    counts = np.random.default_rng(0).integers(0, 50, (2, 3, 12))
+    placement = Placement.default(num_experts=12, num_ranks=RANKS, num_slots=24, layer_ids=range(3))
+    table = np.asarray(placement.slot_to_expert)
+    rows = _whole_rows(counts, table, split)
+    assert rows.shape == (2, 3, RANKS, 3)
+    assert rows.min() >= 0
+    for layer in range(3):
+        for expert in range(12):
+            held = rows.reshape(2, 3, -1)[:, layer, table[layer] == expert]
+            np.testing.assert_array_equal(held.sum(axis=1), counts[:, layer, expert])
