@@ -203,6 +203,19 @@ def _add_balancer_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="move only what pays for itself within N iterations",
     )
+    group.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="keep load and placement there, and begin with those that are there",
+    )
+    group.add_argument(
+        "--checkpoint-interval",
+        type=positive,
+        default=1000,
+        metavar="N",
+        help="iterations between two of them; the last is kept at the end",
+    )
     group.add_argument("--events", type=Path, metavar="JSONL", help="write every update there")
     group.add_argument(
         "--prometheus-port",

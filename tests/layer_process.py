@@ -23,7 +23,6 @@ def main(process: int, processes: int, port: int, folder: Path) -> None:
     from jax.sharding import PartitionSpec as P
 
     from jax_eplb import MoE, MoEConfig, Placement, expert_mesh
-    from tests.light_compile import light_compile
 
     config = MoEConfig(
         embed_dim=16,
@@ -40,8 +39,7 @@ def main(process: int, processes: int, port: int, folder: Path) -> None:
     placement = Placement.from_slots(
         [[0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 7]], num_experts=8, num_ranks=RANKS
     )
-    with light_compile():  # of the weights
-        layer = MoE(config, mesh=mesh, rngs=nnx.Rngs(0), placement=placement)
+    layer = MoE(config, mesh=mesh, rngs=nnx.Rngs(0), placement=placement)
     tokens = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32)
     spread = NamedSharding(mesh, P("expert"))
     out = layer(jax.make_array_from_callback(tokens.shape, spread, lambda index: tokens[index]))

@@ -1,18 +1,25 @@
 """Several processes that work together, as on several machines."""
 
+import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+from tests.light_compile import LIGHT_ENVIRONMENT
+
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 def run_together(module: str, processes: int, *arguments, timeout: float = 120) -> list[str]:
     """Run `module PROCESS PROCESSES PORT *arguments` in each; what each printed."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     started = [
         subprocess.Popen(
             [sys.executable, "-m", module, *map(str, (process, processes, port, *arguments))],
@@ -20,6 +27,7 @@ def run_together(module: str, processes: int, *arguments, timeout: float = 120) 
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env=os.environ | LIGHT_ENVIRONMENT,
         )
         for process in range(processes)
     ]

@@ -1,6 +1,7 @@
 """The balancer beside a model that serves: what comes into force, when, and what fails how."""
 
 import functools
+import itertools
 import logging
 
 import jax
@@ -299,25 +300,47 @@ def test_counts_that_are_none_stop_the_engine_and_it_can_serve_again(wrong):
 
 
 def test_processes_that_decide_differently_stop_before_anything_moves():
-    made = engine(gather=lambda own: np.stack([own, own + np.uint32(1)]))
+    asked = itertools.count()
+
+    def gather(own):  # they agree on where they begin
+        return np.stack([own, own + np.uint32(next(asked) > 0)])
+
+    made = engine(gather=gather)
     with pytest.raises(DigestMismatch, match="another placement than process"):
         made.run(REQUESTS)
     np.testing.assert_array_equal(table_of(made), placement().slot_to_expert)
     assert weights_fit(made)
 
 
-def test_every_look_is_compared_and_nothing_else():
-    compared = []
+def test_processes_that_begin_differently_are_told_at_once():
+    with pytest.raises(DigestMismatch, match=r"iteration 0: .* than process"):
+        engine(gather=lambda own: np.stack([own, own + np.uint32(1)]))
+
+
+def test_every_look_is_compared_and_its_answer_read_an_iteration_later():
     config = BalancerConfig(layer_updates_per_iter=1, step_interval=4)
+    asked, read, made = [], [], None
+
+    class Answer:
+        def __init__(self, own):
+            self.own = own
+
+        def __array__(self, dtype=None, copy=None):
+            read.append(0 if made is None else made.balancer.iteration)
+            return self.own[None]
 
     def gather(own):
-        compared.append(own)
-        return own[None]
+        asked.append(0 if made is None else made.balancer.iteration)
+        return Answer(own)
 
     made = engine(config, gather=gather)
     made.run(REQUESTS)
-    due = made.balancer.iteration - 1 - config.planning_iterations  # iterations long enough ago
-    assert len(compared) == due // 4
+    # Before the first iteration, and then as soon as planning was given its time.
+    last, first = made.balancer.iteration, 4 + config.planning_iterations
+    assert asked == [0, *range(first, last, 4)]
+    assert read == [0, *(n + 1 for n in asked[1:] if n + 1 < last)]
+    assert made.balancer.moved_slots > 0
+    assert outputs(made) == unbalanced()
 
 
 def test_a_load_that_is_not_a_number_is_refused_and_the_one_before_kept():

@@ -14,6 +14,8 @@ from jax_eplb.report import rank_tokens
 from tests.command_line import fail
 from tests.tiny_model import tiny_decoder
 
+pytestmark = pytest.mark.light_compile
+
 KEYS = {
     "recompilations",
     "identical_output",

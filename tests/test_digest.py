@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from jax_eplb.online import DigestMismatch
-from jax_eplb.online.digest import check_agreement, digest, from_first_process
+from jax_eplb.online.digest import (
+    ask,
+    check_agreement,
+    digest,
+    from_first_process,
+    gather_on_devices,
+)
 
 TABLE, SPEEDS = np.arange(12).reshape(2, 6), np.array([1.0, 0.5, 1.0])
 
@@ -32,15 +38,17 @@ def test_the_type_and_the_layout_of_the_table_do_not():
 
 
 def test_processes_that_agree_go_on():
-    check_agreement(5, TABLE, SPEEDS, gather=lambda own: np.stack([own, own]))
+    check_agreement(ask(5, TABLE, SPEEDS, lambda own: np.stack([own, own])))
 
 
 def test_a_process_that_differs_is_named_before_anything_moves():
     other = digest(5, TABLE[::-1], SPEEDS)
     with pytest.raises(DigestMismatch, match=r"iteration 5: .* than process \[1\]; nothing was mo"):
-        check_agreement(5, TABLE, SPEEDS, gather=lambda own: np.stack([own, other, own]))
+        check_agreement(ask(5, TABLE, SPEEDS, lambda own: np.stack([own, other, own])))
 
 
-def test_one_process_alone_asks_nobody():
-    check_agreement(5, TABLE, SPEEDS)
+def test_a_process_alone_hears_itself_from_the_devices():
+    question = ask(5, TABLE, SPEEDS, gather_on_devices)
+    np.testing.assert_array_equal(question.all_of_them, question.own[None])
+    check_agreement(question)
     assert from_first_process(np.array([1.5])).tolist() == [1.5]

@@ -12,8 +12,8 @@ def test_thirty_placements_over_two_processes():
 
 
 @pytest.mark.slow
-def test_a_hundred_placements_over_four_processes():
-    for printed in run_together("tests.moving_process", 4, 8, 100, 2):
+def test_forty_placements_over_four_processes():
+    for printed in run_together("tests.moving_process", 4, 8, 40, 2):
         assert printed.endswith("moved\n")
 
 

@@ -10,6 +10,8 @@ from benchmarks.layer_stack import Shape
 from benchmarks.multi_gpu_moves import turn
 from benchmarks.replayed_routing import Replay, routers, tokens_for
 
+pytestmark = pytest.mark.light_compile
+
 TINY = Shape("tiny", 16, 8, 8, 2)
 
 

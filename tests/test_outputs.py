@@ -1,4 +1,4 @@
-"""The file of what was generated: whole after an end at any time, in the requests' order at last."""
+"""The file of what was generated: whole after an end at any time, and in order at last."""
 
 import json
 
@@ -50,7 +50,7 @@ def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, line):
     path = tmp_path / "out.jsonl"
     path.write_text(f'{{"line": 4}}\n{line}\n')
     with (
-        pytest.raises(ValueError, match="out.jsonl, line 2: not written by jax-eplb run"),
+        pytest.raises(ValueError, match=r"out.jsonl, line 2: not written by jax-eplb run"),
         open_outputs(path, as_text=False, keep=True),
     ):
         pass

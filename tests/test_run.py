@@ -9,6 +9,7 @@ import yaml
 
 from jax_eplb import Placement, load_recording, save_placement
 from jax_eplb.models.weights import save_decoder
+from jax_eplb.serving import read_run
 from tests.command_line import fail, succeed
 from tests.tiny_model import CONFIG, tiny_decoder
 
@@ -216,3 +217,67 @@ def test_the_outputs_are_kept_where_nothing_was_in_the_range(capsys, folder, tmp
     options = ["--record-iters", "90-100", "--output", path]
     fail(capsys, *arguments(folder), *options)
     assert len(written(path)) == len(REQUESTS)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_its_output_and_reads_its_weights_from_a_checkpoint(
+    capsys, folder, tmp_path
+):
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    succeed(capsys, *arguments(folder), "--output", whole)
+    checkpoint = tmp_path / "checkpoint"
+    sizes = ["--ep-size", 2, "--num-slots", 16, "--format", "orbax"]
+    succeed(capsys, "reshard", folder / "weights.safetensors", checkpoint, *sizes)
+    values = yaml.safe_load((folder / "tiny.yaml").read_text()) | {"weights": str(checkpoint)}
+    (tmp_path / "stored.yaml").write_text(yaml.safe_dump(values))
+    lines = whole.read_text().splitlines(keepends=True)
+    out.write_text(lines[1] + lines[3] + lines[0][:20])
+    stored = ["run", "--model", tmp_path / "stored.yaml", *arguments(folder)[3:]]
+    figures = json.loads(succeed(capsys, *stored, "--output", out, "--resume", "--json"))
+    assert figures["throughput"]["requests"] == len(REQUESTS) - 2
+    assert out.read_text() == whole.read_text()
+    message = fail(capsys, *stored, "--output", out, "--resume")
+    assert "has all 5 requests: nothing to do" in message
+
+
+def test_a_checkpoint_of_another_model_is_refused(capsys, folder, tmp_path):
+    values = yaml.safe_load((folder / "tiny.yaml").read_text()) | {"weights": str(tmp_path)}
+    (tmp_path / "stored.yaml").write_text(yaml.safe_dump(values))
+    stored = ["run", "--model", tmp_path / "stored.yaml", *arguments(folder)[3:]]
+    assert "holds no complete checkpoint" in fail(capsys, *stored)
+
+
+@pytest.mark.slow
+def test_what_a_run_kept_is_where_the_next_begins(capsys, folder, tmp_path):
+    online = ["--load-balancer", folder / "online.yaml", "--checkpoint", tmp_path / "kept"]
+    events = tmp_path / "events.jsonl"
+    first = json.loads(succeed(capsys, *arguments(folder), *online, "--json"))
+    kept = read_run(tmp_path / "kept")
+    assert kept is not None
+    iterations = first["throughput"]["iterations"]
+    assert kept.load["iteration"] == iterations
+    assert kept.load["load"].sum() > 0
+    options = ["--checkpoint-interval", 10, "--events", events, "--json"]
+    second = json.loads(succeed(capsys, *arguments(folder), *online, *options))
+    again = read_run(tmp_path / "kept")
+    assert again is not None
+    assert again.load["iteration"] == iterations + second["throughput"]["iterations"]
+    fewer = arguments(folder, ep_size=2)
+    succeed(capsys, *fewer, *online, "--json")  # other ranks go on from it, too
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--resume"], "--resume goes on with an output: give --output FILE, too"),
+        (["--checkpoint", "kept"], "--checkpoint is for a placement that follows the load"),
+        (["--process-id", 0], "--process-id is for several processes: add --distributed"),
+        (["--distributed", "--process-id", 0], "--process-id needs --coordinator, too"),
+        (
+            ["--distributed", "--coordinator", "x:1", "--num-processes", 3, "--process-id", 0],
+            "--ep-size 4 is not divisible by --num-processes 3",
+        ),
+    ],
+)
+def test_options_that_do_not_fit_together_are_refused(capsys, folder, options, message):
+    assert message in fail(capsys, *arguments(folder), *options)

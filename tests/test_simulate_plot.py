@@ -50,7 +50,7 @@ def test_imbalance_over_time_is_the_mean_over_layers_by_iteration():
 
 
 def test_series_differ_by_line_as_well_as_by_colour():
-    policies = [NONE, STATIC, every(2), online(0.5), online(0.9), every(7)]
+    policies = [NONE, STATIC, every(2), online(0.5), online(0.9), every(7), every(9)]
     figure = imbalance_over_time([outcome(p, [[0.1], [0.2]]) for p in policies], (0, 1))
     lines = figure.axes[0].lines
     assert len({line.get_color() for line in lines}) == len(lines) == len(COLOURS)

@@ -5,13 +5,14 @@ import contextlib
 import dataclasses
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from rich.progress import Progress
 
+from jax_eplb.checkpoint import Checkpoints
 from jax_eplb.commands.outputs import Outputs, open_outputs, read_rows
 from jax_eplb.commands.processes import check_covered, is_first, joined
 from jax_eplb.commands.progress import progress_bars
@@ -24,7 +25,17 @@ from jax_eplb.online import Balancer, BalancerConfig, JsonLines, Listener
 from jax_eplb.online.digest import from_first_process
 from jax_eplb.placement import Placement
 from jax_eplb.report import build_report
-from jax_eplb.serving import Engine, Request, RunResult, ServingConfig, Throughput, read_requests
+from jax_eplb.serving import (
+    Engine,
+    Request,
+    RunResult,
+    ServingConfig,
+    Throughput,
+    keep_run,
+    placement_to_begin_with,
+    read_requests,
+    read_run,
+)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -51,6 +62,10 @@ def _serve_all(arguments: argparse.Namespace) -> None:
         temperature=arguments.temperature,
     )
     placement = _placement(arguments, saved.config)
+    kept = None if arguments.checkpoint is None else read_run(arguments.checkpoint)
+    if kept is not None:
+        split = "balanced" if serving.replica_choice == "balanced" else "even"
+        placement = placement_to_begin_with(kept, placement, split)
     mesh = expert_mesh(arguments.ep_size)
     check_covered(mesh)
     start, stop = arguments.record_iters
@@ -63,6 +78,7 @@ def _serve_all(arguments: argparse.Namespace) -> None:
             dtype=activation_dtype(mesh),
             balancer=balancer,
             listeners=_listeners(arguments, open_files) if is_first() else (),
+            kept=None if kept is None else kept.load,
         )
         outputs = None
         if arguments.output is not None and is_first():
@@ -74,7 +90,9 @@ def _serve_all(arguments: argparse.Namespace) -> None:
         compile_steps(bars, engine, left + warm)
         if warm:
             serve(bars, "warming up", engine, warm)
-        result = serve(bars, "serving", engine, left, recorder if is_first() else None, outputs)
+        keep = _keeper(arguments, engine, open_files)
+        recorded_by = recorder if is_first() else None
+        result = serve(bars, "serving", engine, left, recorded_by, outputs, keep)
         if engine.balancer is not None:
             engine.balancer.flush()
     if not is_first():
@@ -99,6 +117,7 @@ def serve(
     requests: list[Request],
     recorder: Recorder | None = None,
     outputs: Outputs | None = None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> RunResult:
     """Serve the requests under a progress bar."""
     task = bars.add_task(name, total=len(requests))
@@ -108,7 +127,9 @@ def serve(
             outputs.add(requests[index], tokens)
         bars.advance(task)
 
-    return engine.run(requests, recorder=recorder, on_finished=note)
+    return engine.run(
+        requests, recorder=recorder, on_finished=note, on_progress=lambda _: on_step()
+    )
 
 
 def activation_dtype(mesh: Mesh):
@@ -128,6 +149,24 @@ def _still_to_serve(arguments: argparse.Namespace, requests: list[Request]) -> l
     if not left.any():
         raise ValueError(f"{arguments.output} has all {len(requests)} requests: nothing to do")
     return [request for request, is_left in zip(requests, left, strict=True) if is_left]
+
+
+def _keeper(
+    arguments: argparse.Namespace, engine: Engine, open_files: contextlib.ExitStack
+) -> Callable[[], None]:
+    """What keeps the run in `--checkpoint` whenever it is time, if called after each step."""
+    balancer = engine.balancer
+    if arguments.checkpoint is None or balancer is None:
+        return lambda: None
+    checkpoints = open_files.enter_context(Checkpoints(arguments.checkpoint))
+    open_files.callback(lambda: keep_run(checkpoints, balancer))
+    steps = itertools.count(1)
+
+    def keep() -> None:
+        if next(steps) % arguments.checkpoint_interval == 0:
+            keep_run(checkpoints, balancer)
+
+    return keep
 
 
 def _placement(arguments: argparse.Namespace, config: DecoderConfig) -> Placement:
@@ -160,7 +199,8 @@ def _balancer(arguments: argparse.Namespace) -> BalancerConfig | None:
             warm_up_iterations=arguments.balancer_warmup,
             **given,
         )
-    listening = [n for n in ("events", "prometheus_port") if getattr(arguments, n) is not None]
+    others = ("events", "prometheus_port", "checkpoint")
+    listening = [name for name in others if getattr(arguments, name) is not None]
     for name in (*given, *listening):
         raise ValueError(
             f"--{name.replace('_', '-')} is for a placement that follows the load; give a "

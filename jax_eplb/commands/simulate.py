@@ -24,7 +24,7 @@ from jax_eplb.simulate import (
     read_device,
     read_model,
     recommend,
-    sweep,
+    simulate,
     threshold,
 )
 
@@ -131,27 +131,31 @@ def _compare(advice: Advice, options: dict[str, Any]) -> list[Outcome]:
         online(),
         ORACLE,
     ]
-    found = sweep(
-        advice.recording,
-        policies,
-        num_ranks=[chosen.num_ranks],
-        num_slots=[chosen.num_slots],
-        replica_choices=[chosen.replica_choice],
-        history=advice.history,
-        **options,
-    )
-    by_policy = {outcome.policy: outcome for outcome in found}
-    return [*(by_policy[policy] for policy in policies), chosen]
+    size = {"num_ranks": chosen.num_ranks, "replica_choice": chosen.replica_choice}
+    return [
+        *(
+            simulate(
+                advice.recording,
+                policy,
+                # Who does not balance needs no spare slots.
+                num_slots=chosen.num_slots if policy.planned else None,
+                history=advice.history,
+                **size,
+                **options,
+            )
+            for policy in policies
+        ),
+        chosen,
+    ]
 
 
 def _table(outcomes: list[Outcome]) -> str:
     names = [outcome.policy.describe() for outcome in outcomes]
     names[-1] = f"recommended: {names[-1]}"
     wide = max(map(len, names))
-    first = outcomes[0]
+    last = outcomes[-1]
     lines = [
-        f"{first.num_slots} slots on {first.num_ranks} ranks, replica choice "
-        f"{first.replica_choice}",
+        f"{last.num_slots} slots on {last.num_ranks} ranks, replica choice {last.replica_choice}",
         f"{'policy':<{wide}}  imbalance  throughput  moves/window/layer  time of moves",
     ]
     for name, outcome in zip(names, outcomes, strict=True):

@@ -14,4 +14,5 @@ from jax_eplb.online.events import Look as Look
 from jax_eplb.online.events import Stall as Stall
 from jax_eplb.online.events import StepSeen as StepSeen
 from jax_eplb.online.state import BalancerState as BalancerState
+from jax_eplb.online.state import kept_load as kept_load
 from jax_eplb.online.worth import Costs as Costs

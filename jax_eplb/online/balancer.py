@@ -6,7 +6,8 @@
 
 Everything happens at iteration numbers that are fixed beforehand, so that several processes that
 run this do the same: what the counts up to iteration t lead to is handed over before iteration
-t + 1 + `planning_iterations` and in force `moving_iterations` later.
+t + 1 + `planning_iterations` and in force `moving_iterations` later; one later over several
+processes, which compare what they decided first.
 
 Axes: L layers, E experts, P ranks.
 """
@@ -15,21 +16,22 @@ import collections
 import concurrent.futures
 import dataclasses
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jax_eplb.moving import Banks, RebalanceError, RowSource, find_banks, prepare_moves
 from jax_eplb.online.capacity import checked_capacity
 from jax_eplb.online.config import BalancerConfig
 from jax_eplb.online.decide import Served
-from jax_eplb.online.digest import Gather, check_agreement
+from jax_eplb.online.digest import Gather, Question, ask, check_agreement, gather_on_devices
 from jax_eplb.online.errors import BalancerError, DigestMismatch
 from jax_eplb.online.events import CapacitySet, Listener, Stall, Tell, log_event
 from jax_eplb.online.flight import Flights
 from jax_eplb.online.measure import measured_costs
-from jax_eplb.online.state import BalancerState, looks_after
+from jax_eplb.online.state import BalancerState, looks_after, with_load
 from jax_eplb.online.worker import SLOTS_AT_ONCE, Outcome, Worker, failure
 from jax_eplb.online.worth import Costs
 from jax_eplb.placement import Placement
@@ -43,7 +45,8 @@ class Balancer:
 
     `split`: how the layer divides an expert's tokens, "balanced" for the replica choice of that
     name and "even" for others. `listeners` hear every event, from either thread, one at a time.
-    `gather` compares what processes decided (see `digest`); default: JAX's own.
+    `kept`: what `kept_load` gave of the state of another balancer, to go on from its iteration.
+    `gather` lets processes compare what they decided (see `digest`); default: by their devices.
     """
 
     def __init__(
@@ -54,21 +57,33 @@ class Balancer:
         split: str = "balanced",
         listeners: Sequence[Listener] = (),
         ranks_per_node: int | None = None,
+        kept: Mapping[str, np.ndarray] | None = None,
         gather: Gather | None = None,
     ):
         self.config, self.placement = config, placement
         if config.capacity is not None:
             checked_capacity(config.capacity, placement)
         self.served = Served(placement.num_experts, placement.num_ranks, placement.layer_ids, split)
-        self.iteration = 0  # the next one
         self.moved_slots = self.moved_bytes = self.updates = self.failures = 0
         self._tell = Tell((log_event, *listeners))
+        if gather is None and jax.process_count() > 1:
+            gather = gather_on_devices
         self._gather = gather
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "jax_eplb-balancer")
         self._worker = Worker(
-            placement, config, self.served, ranks_per_node=ranks_per_node, tell=self._tell
+            placement,
+            config,
+            self.served,
+            ranks_per_node=ranks_per_node,
+            # What was decided is then compared for an iteration.
+            iterations_to_leave=config.planning_iterations + (gather is not None),
+            tell=self._tell,
         )
+        if kept is not None:
+            self._worker.state = with_load(self._worker.state, kept)
+        self.iteration = self._worker.state.iteration  # the next one
         self._due: collections.deque = collections.deque()  # (iteration, epoch, future)
+        self._asked: collections.deque = collections.deque()  # (question, epoch, outcome)
         self._epoch = 0  # of the placement that plans start from; a failure begins another
         self._flights = Flights(self._worker.state.table, self._worker.derive)
         self._error: Exception | None = None
@@ -111,6 +126,8 @@ class Balancer:
         costs = measured_costs(params, banks, config, seconds_per_token)
         self._thread.submit(self._worker.prepare, costs).result()
         self._flights.prepare(banks)
+        if self._gather is not None:
+            check_agreement(self._ask(Outcome(), self._gather))
 
     def between_steps(self, params: Any, tables: PlacementTables) -> tuple[Any, PlacementTables]:
         """Before an iteration: put in force what is on its way, and send what was decided.
@@ -125,12 +142,20 @@ class Balancer:
         tables = self._flights.tables_in_force(tables)
         while self._flights.is_due(self.iteration):
             params, tables = self._flip(params, tables)
+        while self._asked:
+            question, epoch, outcome = self._asked.popleft()
+            if epoch == self._epoch and self._do_agree(question):
+                params, tables = self._take(outcome, params, tables)
         while self._due and self._due[0][0] <= self.iteration:
             due, epoch, future = self._due.popleft()
             outcome = future.result()
-            if epoch == self._epoch:
-                iterations = due - self.config.planning_iterations
-                params, tables = self._take(iterations, outcome, params, tables)
+            if epoch != self._epoch:
+                continue
+            iterations = due - self.config.planning_iterations
+            if self._gather is None or not looks_after(iterations, self.config):
+                params, tables = self._take(outcome, params, tables)
+            else:
+                self._asked.append((self._ask(outcome, self._gather), epoch, outcome))
         self._held += time.perf_counter() - begun
         return params, tables
 
@@ -230,24 +255,28 @@ class Balancer:
         self.updates += decision.layers.size
         return params, flight.tables
 
-    def _take(
-        self, iterations: int, outcome: Outcome, params: Any, tables: PlacementTables
-    ) -> tuple[Any, PlacementTables]:
-        """What was decided after so many iterations goes on its way, if all processes agree."""
-        update = outcome.update
-        wanted = self._flights.table_after()
+    def _ask(self, outcome: Outcome, gather: Gather) -> Question:
+        """Ask the other processes whether they came to the same."""
+        wanted = self._flights.table_after(*filter(None, [outcome.update]))
         if outcome.error is not None:
             wanted[:] = -1  # so that processes where nothing failed stop, too
-        elif update is not None:
-            wanted[update.decision.layers] = update.decision.rows
-        if looks_after(iterations, self.config):
-            try:
-                capacity = self._worker.state.capacity  # only `set_capacity` changes it
-                check_agreement(self.iteration, wanted, capacity, self._gather)
-            except DigestMismatch as error:
-                self._fail("agreement", (), error)
-                self._error = error
-                return params, tables
+        capacity = self._worker.state.capacity  # only `set_capacity` changes it
+        return ask(self.iteration, wanted, capacity, gather)
+
+    def _do_agree(self, question: Question) -> bool:
+        try:
+            check_agreement(question)
+        except DigestMismatch as error:
+            self._fail("agreement", (), error)
+            self._error = error
+            return False
+        return True
+
+    def _take(
+        self, outcome: Outcome, params: Any, tables: PlacementTables
+    ) -> tuple[Any, PlacementTables]:
+        """What was decided goes on its way."""
+        update = outcome.update
         if outcome.error is not None:
             self._fail(outcome.stage, (), outcome.error, told=True)
         elif update is not None:

@@ -72,11 +72,11 @@ class Flights:
         """Whether one of these layers will change."""
         return any(np.isin(f.update.decision.layers, layers).any() for f in self._queue)
 
-    def table_after(self) -> np.ndarray:
-        """int32[L, S]: the placement when all have come into force."""
+    def table_after(self, *updates: Update) -> np.ndarray:
+        """int32[L, S]: the placement when all have come into force, and then these updates."""
         table = self.table.copy()
-        for flight in self._queue:
-            table[flight.update.decision.layers] = flight.update.decision.rows
+        for update in (*(flight.update for flight in self._queue), *updates):
+            table[update.decision.layers] = update.decision.rows
         return table
 
     def send(self, update: Update, params: Any, tables: PlacementTables, due: int) -> None:

@@ -5,7 +5,7 @@ every process that sees the same counts has the same state, bit for bit.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from jax_eplb.placement import Placement
 _WORSE_BY, _WORSE_AT_LEAST = 0.1, 0.005
 # The load has changed where imbalance jumped, by this at least, in so many iterations in a row.
 _LEAST_JUMP, _JUMPS = 0.02, 3
+_KEPT = ("iteration", "load", "weight", "window", "usual")
 
 
 class BalancerState(NamedTuple):
@@ -66,6 +67,33 @@ def initial_state(placement: Placement, config: BalancerConfig) -> BalancerState
         jumps=0,
         balancedness=0.0,
         since_look=0,
+    )
+
+
+def kept_load(state: BalancerState) -> dict[str, np.ndarray]:
+    """What is worth keeping when a run ends: no rank or slot is in it, so any mesh can go on."""
+    return {name: np.asarray(getattr(state, name)) for name in _KEPT}
+
+
+def with_load(state: BalancerState, kept: Mapping[str, np.ndarray]) -> BalancerState:
+    """An initial state that goes on from what `kept_load` gave.
+
+    Raises ValueError where that is of another model, or of another window.
+    """
+    missing = [name for name in _KEPT if name not in kept]
+    if missing:
+        raise ValueError(f"the load kept has no {missing[0]!r}; it is not a balancer's")
+    for name in _KEPT:
+        have, need = np.shape(kept[name]), np.shape(getattr(state, name))
+        if have != need:
+            hint = "use the same window_size" if name == "window" else "it is of another model"
+            raise ValueError(f"the load kept has a {name} of shape {have}, not {need}; {hint}")
+    return state._replace(
+        iteration=int(kept["iteration"]),
+        load=np.asarray(kept["load"], np.float32),
+        weight=float(kept["weight"]),
+        window=np.asarray(kept["window"], np.float32),
+        usual=float(kept["usual"]),
     )
 
 

@@ -65,6 +65,7 @@ class Worker:
         served: Served,
         *,
         ranks_per_node: int | None,
+        iterations_to_leave: int,
         tell: Callable[[Event], None],
     ):
         self.config, self.served, self._tell = config, served, tell
@@ -73,6 +74,7 @@ class Worker:
         self._lost: frozenset[int] = frozenset()  # ranks whose weights cannot be read
         self._max_replicas = placement.max_replicas
         self._slots_per_rank, self._ranks_per_node = placement.slots_per_rank, ranks_per_node
+        self._iterations_to_leave = iterations_to_leave
         # K, or L where there are fewer layers.
         self._count = min(config.layer_updates_per_iter, placement.num_layers)
         self._effects = Effects(placement.num_layers)
@@ -188,7 +190,7 @@ class Worker:
         return Update(decision, in_parts(moves, self._slots_per_rank, SLOTS_AT_ONCE), tables)
 
     def _expect(self, decision: Decision, seconds: float) -> None:
-        leaves = decision.iteration + self.config.planning_iterations
+        leaves = decision.iteration + self._iterations_to_leave
         self._effects.hasten(decision.layers.tolist(), leaves)
         slot_bytes = 0 if self.costs is None else self.costs.bytes_per_slot
         for i, layer in enumerate(decision.layers):

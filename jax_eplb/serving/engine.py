@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -74,8 +74,8 @@ class Engine:
     """Serves requests with one model, one mesh and one placement at a time.
 
     With a `balancer`, which is told of every iteration that is served, the placement follows the
-    load; `listeners` hear what it does. Where replicas are chosen by `balanced`, plans are made for
-    that.
+    load; `listeners` hear what it does, and `kept` is the load that it goes on from. Where replicas
+    are chosen by `balanced`, plans are made for that.
     """
 
     def __init__(
@@ -88,6 +88,7 @@ class Engine:
         dtype=jnp.float32,
         balancer: BalancerConfig | None = None,
         listeners: Sequence[Listener] = (),
+        kept: Mapping[str, np.ndarray] | None = None,
     ):
         config, serving = saved.config, serving or ServingConfig()
         if AXIS not in mesh.shape:
@@ -111,7 +112,9 @@ class Engine:
         self.balancer = None
         if balancer is not None:
             split = "balanced" if self.moe.needs_leveling else "even"
-            self.balancer = Balancer(placement, balancer, split=split, listeners=listeners)
+            self.balancer = Balancer(
+                placement, balancer, split=split, listeners=listeners, kept=kept
+            )
             per_token = None
             if balancer.horizon is not None and balancer.seconds_per_token is None:
                 per_token = seconds_per_token(self._params.sparse.moe.experts, self.moe)

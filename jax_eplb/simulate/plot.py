@@ -15,9 +15,9 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from jax_eplb.simulate.simulation import Outcome
 
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#000000", "#E69F00")
-_STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+_STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _BOUND = "#666666"
 
 
@@ -98,7 +98,7 @@ def gain_by_interval(outcomes: Sequence[Outcome]) -> Figure:
                 kept[interval] = outcome
     for number, (choice, kept) in enumerate(sorted(best.items())):
         paid = {interval: outcome.gain for interval, outcome in kept.items()}
-        _draw_points(axes, number, f"{choice}, moves paid for", paid)
+        _draw_points(axes, number, f"{choice}, moves paid for", paid, style="-")
         free = {interval: outcome.gain_without_moves for interval, outcome in kept.items()}
         places = sorted(free)
         low, high = ([points[i] for i in places] for points in (paid, free))
@@ -138,13 +138,15 @@ def _finish(figure: Figure, axes: Axes) -> Figure:
     return figure
 
 
-def _draw_points(axes: Axes, number: int, name: str, points: Mapping[int, float]) -> None:
+def _draw_points(
+    axes: Axes, number: int, name: str, points: Mapping[int, float], style: str | None = None
+) -> None:
     places = sorted(points)
     axes.plot(
         places,
         [points[place] for place in places],
         color=COLOURS[number % len(COLOURS)],
-        linestyle=_STYLES[number % len(_STYLES)],
+        linestyle=style or _STYLES[number % len(_STYLES)],
         marker=_MARKERS[number % len(_MARKERS)],
         label=name,
     )

@@ -67,7 +67,7 @@ def grid(num_experts: int, num_ranks: int, scored: int) -> tuple[list[int], list
 
     >>> slots, policies = grid(32, 8, scored=100)
     >>> slots, len(policies)
-    ([32, 40, 48], 25)
+    ([32, 40, 48], 19)
     """
     fewest = -(-num_experts // num_ranks) * num_ranks
     most = max(fewest, min(2 * fewest, num_experts * num_ranks))
@@ -96,6 +96,8 @@ def recommend(
     effort: str = "fast",
 ) -> Advice:
     """Sweep over `grid`, or the slots and policies given; replay the best as it would be served.
+
+    At its size, a static plan is replayed, too.
 
     A recording of one window holds no time: its tokens are divided at random into eight, and what
     changes with time cannot be seen. `min_gain`: a smaller gain is not worth it, for what the model
@@ -126,14 +128,18 @@ def recommend(
         )
     )
     best = choose(outcomes)
-    chosen = simulate(
-        recording,
-        best.policy,
-        num_ranks=num_ranks,
-        num_slots=best.num_slots,
-        replica_choice=best.replica_choice,
-        effort=effort,
-        **options,
+    # Planned as it would be served; a static plan may then be as good.
+    chosen = choose(
+        simulate(
+            recording,
+            policy,
+            num_ranks=num_ranks,
+            num_slots=best.num_slots,
+            replica_choice=best.replica_choice,
+            effort=effort,
+            **options,
+        )
+        for policy in dict.fromkeys([best.policy, STATIC])
     )
     made = _recommendation(chosen, costs, recording, len(outcomes), min_gain, note)
     return Advice(made, chosen, outcomes, recording, history)
