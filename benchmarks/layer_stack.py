@@ -118,14 +118,15 @@ def stack_step(config: MoEConfig, mesh: Mesh) -> Callable:
     def local(params, tables, tokens):
         mask = jnp.ones(len(tokens), bool)
 
-        def layer(tokens, params_and_tables):
-            params, tables = params_and_tables
-            out = moe_forward(params, tables, tokens, mask, config=config, axis_name=AXIS)
+        def layer(tokens, inputs):
+            index, router, tables = inputs
+            own = MoEParams(router, params.experts._replace(layer=index))
+            out = moe_forward(own, tables, tokens, mask, config=config, axis_name=AXIS)
             wide = tokens.astype(jnp.float32) + out.tokens.astype(jnp.float32)
             scale = jax.lax.rsqrt(jnp.square(wide).mean(axis=1, keepdims=True) + 1e-6)
             return (wide * scale).astype(tokens.dtype), (out.expert_tokens, out.rank_tokens)
 
-        tokens, counts = jax.lax.scan(layer, tokens, (params, tables))
+        tokens, counts = jax.lax.scan(layer, tokens, (_layers(params), params.router, tables))
         return tokens, jax.tree.map(lambda x: x[None], counts)
 
     return _sharded(local, mesh, (_params_spec(), P(), P(AXIS)))
@@ -138,17 +139,23 @@ def separate_layers(config: MoEConfig, mesh: Mesh) -> Callable:
         mask = jnp.ones(tokens.shape[1], bool)
 
         def layer(total, inputs):
-            params, tables, tokens = inputs
-            out = moe_forward(params, tables, tokens, mask, config=config, axis_name=AXIS)
+            index, router, tables, tokens = inputs
+            own = MoEParams(router, params.experts._replace(layer=index))
+            out = moe_forward(own, tables, tokens, mask, config=config, axis_name=AXIS)
             # What is not read would not be computed.
             total = total + out.tokens.astype(jnp.float32).sum(axis=0)
             return total, (out.expert_tokens, out.rank_tokens)
 
         zero = jax.lax.pcast(jnp.zeros(tokens.shape[2], jnp.float32), AXIS, to="varying")
-        total, counts = jax.lax.scan(layer, zero, (params, tables, tokens))
+        total, counts = jax.lax.scan(layer, zero, (_layers(params), params.router, tables, tokens))
         return total[None], jax.tree.map(lambda x: x[None], counts)
 
     return _sharded(local, mesh, (_params_spec(), P(), P(None, AXIS)))
+
+
+def _layers(params: MoEParams) -> Array:
+    """The numbers of the layers, to be scanned over in place of the experts' stack."""
+    return jnp.arange(len(params.router), dtype=jnp.int32)
 
 
 def _params_spec() -> MoEParams:

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from jax_eplb import Placement, save_placement, save_recording
+from jax_eplb.commands import report as command
 from tests.command_line import (
     LAYERS,
     fail,
@@ -112,6 +113,29 @@ def test_a_plot_writes_pictures_and_names_them(capsys, tmp_path, recorded, balan
     assert len(named) >= 3
     for path in folder.iterdir():
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_html_is_one_page_with_the_tables_and_says_what_it_lacks(capsys, tmp_path, recorded):
+    page = tmp_path / "new" / "page.html"
+    arguments = ["--ep-size", 4, "--iter-stop", 13, "--html", page]
+    assert succeed(capsys, "report", recorded, *arguments).splitlines()[-1] == str(page)
+    text = page.read_text(encoding="utf-8")
+    _, average = recount(skewed_counts()[:3].reshape(3, 3, 4, 3).sum(axis=3))
+    assert f"<td>average</td><td>{average[0]:.1f}</td>" in text
+    assert f"<td>{average[2]:.6f}</td>" in text
+    assert "The recording has 3 iterations; with 4 or more this page says" in text
+
+
+def test_html_has_what_the_simulator_recommends(capsys, monkeypatch, tmp_path, recorded, balancer):
+    given = []
+    monkeypatch.setattr(command, "recommend", lambda held, num_ranks: given.append(num_ranks))
+    monkeypatch.setattr(command, "compare", lambda advice: ["compared"])
+    monkeypatch.setattr(command, "report_page", lambda held, **told: json.dumps(list(told)))
+    arguments = ["--ep-size", 4, "--load-balancer", balancer, "--html", tmp_path / "page.html"]
+    succeed(capsys, "report", recorded, *arguments)
+    assert given == [4]
+    told = json.loads((tmp_path / "page.html").read_text())
+    assert set(told) == {"advice", "compared", "num_ranks", "placement"}
 
 
 def test_counts_by_slot_are_read_with_the_balancer_that_was_active(capsys, tmp_path):

@@ -10,13 +10,14 @@ import pytest
 from tests.light_compile import LIGHT_ENVIRONMENT
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = sorted(DOCS.rglob("*.md"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["layer.md", "checkpoints.md"])
-def test_the_first_example_prints_what_it_says(tmp_path, page):
-    code = re.findall(r"^```python\n(.*?)^```$", (DOCS / page).read_text(), re.M | re.S)[0]
+@pytest.mark.parametrize(("page", "blocks"), [("layer.md", 1), ("checkpoints.md", 1), ("own_model.md", 4)])
+def test_the_examples_print_what_they_say(tmp_path, page, blocks):
+    found = re.findall(r"^```python\n(.*?)^```$", (DOCS / page).read_text(), re.M | re.S)
+    code = "".join(found[:blocks])
     script = tmp_path / "example.py"
     script.write_text(code)
     environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
@@ -33,7 +34,7 @@ def test_the_first_example_prints_what_it_says(tmp_path, page):
     assert run.stdout.splitlines() == re.findall(r"^print.*# (.*)$", code, re.M)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
 def test_the_relative_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         assert link.startswith("http") or (page.parent / link).exists(), link

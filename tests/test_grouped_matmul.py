@@ -32,9 +32,11 @@ def product_and_gradients(implementation):
 
     @jax.jit
     @jax.default_matmul_precision("highest")  # a GPU's default would round float32
-    def run(rows, weights, sizes, cotangent):
+    def run(rows, weights, sizes, cotangent, layer=None):
         def product(rows, weights):
-            return grouped_matmul(rows, weights, sizes, implementation=implementation)
+            return grouped_matmul(
+                rows, weights, sizes, layer=layer, implementation=implementation
+            )
 
         out, transpose = jax.vjp(product, rows, weights)
         return out, *transpose(cotangent)
@@ -135,6 +137,21 @@ def test_bfloat16_stays_bfloat16(implementation, width):
     for got, exact in zip(found, expected, strict=True):
         error = np.linalg.norm(np.asarray(got, np.float32) - exact)
         assert error < 0.005 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("implementation", WIDE)
+def test_a_layer_of_a_stack_gives_what_it_gives_alone_and_the_others_are_not_read(implementation):
+    rows, weights, cotangent = (
+        jnp.asarray(x, jnp.bfloat16) for x in drawn(3, (M, 64), (G, 64, 64), (M, 64))
+    )
+    sizes = np.array([3, 0, 130, 40, 0, 65, 1, 100], np.int32)
+    run = product_and_gradients(implementation)
+    expected = run(rows, weights, sizes, cotangent)
+    stack = jnp.full((3, *weights.shape), jnp.nan, weights.dtype).at[1].set(weights)
+    *found, grad_stack = run(rows, stack, sizes, cotangent, jnp.int32(1))
+    for got, alone in zip([*found, grad_stack[1]], expected, strict=True):
+        np.testing.assert_array_equal(got, alone)
+    assert not np.asarray(grad_stack[::2]).any()
 
 
 def test_no_bit_of_a_row_depends_on_its_place_in_bfloat16_either():

@@ -24,14 +24,15 @@ def shapes(num_rows=1024, groups=8, depth=128, width=512):
     bfloat16 = jnp.bfloat16
     return (
         jax.ShapeDtypeStruct((num_rows, depth), bfloat16),
-        jax.ShapeDtypeStruct((groups, depth, width), bfloat16),
-        jax.ShapeDtypeStruct((groups, width // 2, depth), bfloat16),
+        jax.ShapeDtypeStruct((1, groups, depth, width), bfloat16),
+        jax.ShapeDtypeStruct((1, groups, width // 2, depth), bfloat16),
         jax.ShapeDtypeStruct((groups,), jnp.int32),
     )
 
 
 def feed_forward(rows, up, down, sizes):
-    return mosaic(mosaic(rows, up, sizes, "swiglu"), down, sizes)
+    layer = jnp.int32(0)
+    return mosaic(mosaic(rows, up, sizes, layer, "swiglu"), down, sizes, layer)
 
 
 def kernels_in(function, *arguments):
@@ -125,13 +126,14 @@ def each_group():
 def test_interpreted_the_products_are_numpys(tiles, width):
     rows, weights, grad = drawn(width)
     sizes = jnp.array(SIZES, jnp.int32)
+    stack, layer = jnp.stack([jnp.full_like(weights, jnp.nan), weights]), jnp.int32(1)
     gated = {"activation": ACTIVATIONS["swiglu"].function, "gated": True}
     # Without its detector of races, which takes the parts of a `RefUnion` for one.
     with interpreted(detect_races=False):
         run = functools.partial(mosaic_product, tiles=tiles, num_blocks=2)
-        found = run(rows, weights, sizes)
-        transposed = run(grad, weights, sizes, transpose_weights=True)
-        activated = run(rows, weights, sizes, **gated) if width % 128 == 0 else None
+        found = run(rows, stack, sizes, layer)
+        transposed = run(grad, stack, sizes, layer, transpose_weights=True)
+        activated = run(rows, stack, sizes, layer, **gated) if width % 128 == 0 else None
     rows, weights, grad = (np.asarray(x, np.float32) for x in (rows, weights, grad))
     product, grad_rows = np.zeros_like(grad), np.zeros_like(rows)
     for own, group in each_group():

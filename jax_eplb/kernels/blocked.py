@@ -1,6 +1,6 @@
 """The grouped product as a loop over blocks of rows, for the CPU.
 
-Axes: M rows sorted by group, G groups, D in, F out, B rows of a block.
+Axes: M rows sorted by group, L layers, G groups, D in, F out, B rows of a block.
 """
 
 from typing import NamedTuple
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jax_eplb.kernels.groups import group_starts, is_used
+from jax_eplb.kernels.stack import stack_gradient
 from jax_eplb.kernels.varying import zeros_varying_like
 
 # Large enough to keep a core's vector units busy, small enough that a group of a few rows, the
@@ -18,19 +19,20 @@ BLOCK_ROWS = 32
 
 
 @jax.custom_vjp
-def blocked(rows, weights, group_sizes):
+def blocked(rows, weights, group_sizes, layer):
     """A loop over the used blocks of 32 rows only: work grows with the rows, not the groups."""
-    return _product(rows, weights, group_sizes, weight_axis=0)
+    return _product(rows, weights, group_sizes, layer, weight_axis=0)
 
 
-def _forward(rows, weights, group_sizes):
-    return blocked(rows, weights, group_sizes), (rows, weights, group_sizes)
+def _forward(*operands):
+    return blocked(*operands), operands
 
 
-def _backward(residuals, grad):
-    rows, weights, group_sizes = residuals
-    grad_rows = _product(grad, weights, group_sizes, weight_axis=1)
-    return grad_rows, _weight_gradient(rows, grad, weights, group_sizes), None
+def _backward(operands, grad):
+    rows, weights, group_sizes, layer = operands
+    grad_rows = _product(grad, weights, group_sizes, layer, weight_axis=1)
+    grad_weights = _weight_gradient(rows, grad, weights, group_sizes)
+    return grad_rows, stack_gradient(grad_weights, weights, layer), None, None
 
 
 blocked.defvjp(_forward, _backward)
@@ -54,17 +56,18 @@ def _block(blocks: _Blocks, i):
     return group, start, blocks.row_start[group + 1]
 
 
-def _product(rows, weights, group_sizes, *, weight_axis: int):
+def _product(rows, weights, group_sizes, layer, *, weight_axis: int):
     """Each block times its group's weights, contracted over `weight_axis` of a [D, F] matrix."""
     num_rows = rows.shape[0]
-    width = weights.shape[2 - weight_axis]
+    width = weights.shape[3 - weight_axis]
     blocks = _blocks(group_sizes)
     padded = jnp.pad(rows, ((0, BLOCK_ROWS), (0, 0)))
 
     def step(i, out):
         group, start, _ = _block(blocks, i)
         block = jax.lax.dynamic_slice_in_dim(padded, start, BLOCK_ROWS)
-        product = jax.lax.dot_general(block, weights[group], (((1,), (weight_axis,)), ((), ())))
+        own = weights[layer, group]
+        product = jax.lax.dot_general(block, own, (((1,), (weight_axis,)), ((), ())))
         # A block that runs past its group's end writes rows of the next group, whose own block
         # comes later and overwrites them.
         return jax.lax.dynamic_update_slice_in_dim(out, product, start, 0)
@@ -77,7 +80,7 @@ def _product(rows, weights, group_sizes, *, weight_axis: int):
 
 
 def _weight_gradient(rows, grad, weights, group_sizes):
-    """The gradient of the weights: each block's rowsᵀ · grad, added to its group's."""
+    """The gradient of the layer's weights: each block's rowsᵀ · grad, added to its group's."""
     blocks = _blocks(group_sizes)
     padded_rows = jnp.pad(rows, ((0, BLOCK_ROWS), (0, 0)))
     padded_grad = jnp.pad(grad, ((0, BLOCK_ROWS), (0, 0)))
@@ -89,5 +92,5 @@ def _weight_gradient(rows, grad, weights, group_sizes):
         block_grad = jax.lax.dynamic_slice_in_dim(padded_grad, start, BLOCK_ROWS)
         return out.at[group].add(jnp.where(own, block, 0).T @ jnp.where(own, block_grad, 0))
 
-    start = zeros_varying_like(weights.shape, weights.dtype, rows, grad, weights, group_sizes)
+    start = zeros_varying_like(weights.shape[1:], weights.dtype, rows, grad, weights, group_sizes)
     return jax.lax.fori_loop(0, blocks.block_start[-1], step, start)

@@ -1,6 +1,6 @@
 """The grouped matrix product: sorted rows, each times the weights of its group.
 
-Axes: M rows sorted by group, G groups, D in, F out.
+Axes: M rows sorted by group, L layers, G groups, D in, F out.
 Rows past the sum of the group sizes are padding: their results are zero and so are their
 gradients. A row's result depends on the row and its group's weights alone, bit for bit, in every
 implementation but `ragged_dot` and `reference`.
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jax_eplb.kernels.activation import activation_named
@@ -20,6 +21,7 @@ from jax_eplb.kernels.ragged import ragged_dot
 from jax_eplb.kernels.reference import reference
 from jax_eplb.kernels.triton import triton
 
+# (rows [M, D], weights [L, G, D, F], group_sizes [G], layer) -> [M, F].
 IMPLEMENTATIONS: dict[str, Callable] = {
     "reference": reference,
     "blocked": blocked,
@@ -31,10 +33,11 @@ IMPLEMENTATIONS: dict[str, Callable] = {
 
 def grouped_matmul(
     rows: Float[Array, "M D"],
-    weights: Float[Array, "G D F"],
+    weights: Float[Array, "*L G D F"],
     group_sizes: Int[Array, "G"],
     *,
-    bias: Float[Array, "G F"] | None = None,
+    bias: Float[Array, "*L G F"] | None = None,
+    layer: Int[Array, ""] | None = None,
     activation: str | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "M F"]:
@@ -44,26 +47,33 @@ def grouped_matmul(
     from weights [G, D, 2F], gate first, and leaves F values a row. `implementation` is a name of
     `IMPLEMENTATIONS`, or None for the best one on the backend that the program is lowered for.
 
+    With `layer`, weights and bias are stacks of layers', of which that one is meant. The kernels read
+    it where it is; a slice of the stack XLA would copy first, wherever it is used in a loop or branch.
+
     >>> rows, weights = jax.numpy.ones((3, 2)), jax.numpy.array([[[1.0], [1.0]], [[2.0], [3.0]]])
     >>> grouped_matmul(rows, weights, jax.numpy.array([1, 1])).tolist()
     [[2.0], [5.0], [0.0]]
     """
     if activation is not None:
         activation_named(activation)
+    if layer is None:
+        weights, layer = weights[None], 0
+    elif bias is not None:
+        bias = bias[layer]
     biases = () if bias is None else (bias,)
 
     def run(product) -> Any:
-        def whole(rows, weights, group_sizes, *biases):
+        def whole(rows, weights, group_sizes, layer, *biases):
             if product is mosaic and not biases:
-                return mosaic(rows, weights, group_sizes, activation)  # applied in the kernel
-            out = product(rows, weights, group_sizes)
+                return mosaic(rows, weights, group_sizes, layer, activation)  # applied in the kernel
+            out = product(rows, weights, group_sizes, layer)
             for bias in biases:
                 out = out + _bias_of_rows(bias, out, group_sizes)
             return out if activation is None else activation_named(activation)(out)
 
         return whole
 
-    operands = rows, weights, group_sizes, *biases
+    operands = rows, weights, group_sizes, jnp.int32(layer), *biases
     if implementation is not None:
         check_implementation(implementation)
         return run(IMPLEMENTATIONS[implementation])(*operands)

@@ -1,7 +1,7 @@
 """The grouped product on Hopper GPUs: one persistent, warp-specialised Pallas kernel.
 
-Axes: M rows sorted by group, G groups, D in (contracted), N columns of the weights, F columns of
-the result; F is N, or N / 2 where a gated activation joins gate and up.
+Axes: M rows sorted by group, L layers, G groups, D in (contracted), N columns of the weights, F
+columns of the result; F is N, or N / 2 where a gated activation joins gate and up.
 
 Each streaming multiprocessor runs one block of three warpgroups. One feeds tiles of rows and
 weights through shared memory by the copy engine, as many stages ahead as fit; the other two
@@ -34,8 +34,9 @@ SWIZZLE = (plgpu.TilingTransform((ALIGN, STEP)), plgpu.SwizzleTransform(128))
 
 def mosaic_product(
     rows: Float[Array, "M D"],
-    weights: Float[Array, "G D N"],
+    weights: Float[Array, "L G D N"],
     group_sizes: Int[Array, "G"],
+    layer: Int[Array, ""],
     tiles: Tiles,
     *,
     transpose_weights: bool = False,
@@ -43,11 +44,11 @@ def mosaic_product(
     gated: bool = False,
     num_blocks: int = 132,
 ) -> Float[Array, "M F"]:
-    """Each row times its group's weights, which are [G, N, D] if transposed."""
+    """Each row times its group's weights in the layer, [L, G, N, D] if transposed."""
     num_rows = rows.shape[0]
     padding = -num_rows % ALIGN
     rows = jnp.pad(rows, ((0, padding), (0, 0))) if padding else rows
-    num_columns = weights.shape[1 if transpose_weights else 2]
+    num_columns = weights.shape[2 if transpose_weights else 3]
     shape = (rows.shape[0], num_columns // 2 if gated else num_columns)
     units_at_once = num_blocks // 2 if tiles.pair else num_blocks
     body = functools.partial(
@@ -71,13 +72,16 @@ def mosaic_product(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True
         ),
     )
-    out = kernel(group_sizes.astype(jnp.int32), rows, weights)
-    out = varying_like(out, rows, weights, group_sizes)
+    # Layers and groups as one axis: the copy engine takes five, and tiles of a matrix have four.
+    flat = weights.reshape(-1, *weights.shape[2:])
+    out = kernel(group_sizes.astype(jnp.int32), layer.reshape(1), rows, flat)
+    out = varying_like(out, rows, weights, group_sizes, layer)
     return out[:num_rows] if padding else out
 
 
 def _body(
     sizes_ref,
+    layer_ref,
     x_gmem,
     w_gmem,
     out_gmem,
@@ -88,7 +92,7 @@ def _body(
     gated: bool,
     units_at_once: int,
 ):
-    dtype, num_groups = x_gmem.dtype, w_gmem.shape[0]
+    dtype, num_groups = x_gmem.dtype, sizes_ref.shape[0]
     num_rows, width = out_gmem.shape
     depth_steps = x_gmem.shape[1] // STEP
     # The warpgroups share a tile's rows, or its columns where there are too few rows for that.
@@ -151,6 +155,7 @@ def _body(
         @pl.when(warpgroup == WARPGROUPS)
         def _fetch():
             plgpu.set_max_registers(40, action="decrease")
+            first_group = layer_ref[0] * num_groups
 
             def fetch(tile, step):
                 column = tile.column * block_f
@@ -160,7 +165,8 @@ def _body(
                         for piece, offset in enumerate(pieces):
                             own = aligned(column + (part * piece_n + offset), piece_n, STEP)
                             at = (own, deep) if transpose_weights else (deep, own)
-                            source, smem = w_gmem.at[tile.group, *at], w_smem.at[slot, part, piece]
+                            source = w_gmem.at[first_group + tile.group, *at]
+                            smem = w_smem.at[slot, part, piece]
                             plgpu.copy_gmem_to_smem(source, smem, full.at[slot], **how)
 
                 def copy_rows(slot, deep, **how):

@@ -1,4 +1,4 @@
-"""XLA's own grouped product. Axes: M rows, G groups, D in, F out."""
+"""XLA's own grouped product. Axes: M rows, L layers, G groups, D in, F out."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax_eplb.kernels.groups import is_used
 
 
-def ragged_dot(rows, weights, group_sizes):
-    """`jax.lax.ragged_dot`, with the padding rows defined."""
-    out = jax.lax.ragged_dot(rows, weights, group_sizes)
+def ragged_dot(rows, weights, group_sizes, layer):
+    """`jax.lax.ragged_dot` of the layer, with the padding rows defined."""
+    out = jax.lax.ragged_dot(rows, weights[layer], group_sizes)
     return jnp.where(is_used(rows.shape[0], group_sizes)[:, None], out, 0)

@@ -1,6 +1,6 @@
 """The grouped product and its gradients on NVIDIA GPUs of any generation, and for any shape.
 
-Axes: M rows sorted by group, G groups, D in, N out, I tiles of rows.
+Axes: M rows sorted by group, L layers, G groups, D in, N out, I tiles of rows.
 
 Three Pallas kernels in Triton's terms: one program for each tile of the result, with masks where a
 tile reaches past its group or the matrix. On a CPU they are interpreted, which is slow and right.
@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jax_eplb.kernels.groups import group_starts
+from jax_eplb.kernels.stack import stack_gradient
 from jax_eplb.kernels.tile_table import tile_table
 from jax_eplb.kernels.varying import equally_varying, varying_like
 
@@ -22,19 +23,20 @@ _PARAMETERS = plgpu.CompilerParams(num_warps=4, num_stages=3)
 
 
 @jax.custom_vjp
-def triton(rows, weights, group_sizes):
+def triton(rows, weights, group_sizes, layer):
     """One program for each tile of 64 rows of a group."""
-    return _product(rows, weights, group_sizes, transpose_weights=False)
+    return _product(rows, weights, group_sizes, layer, transpose_weights=False)
 
 
-def _forward(rows, weights, group_sizes):
-    return triton(rows, weights, group_sizes), (rows, weights, group_sizes)
+def _forward(*operands):
+    return triton(*operands), operands
 
 
-def _backward(residuals, grad):
-    rows, weights, group_sizes = residuals
-    grad_rows = _product(grad, weights, group_sizes, transpose_weights=True)
-    return grad_rows, _weight_gradient(rows, grad, group_sizes), None
+def _backward(operands, grad):
+    rows, weights, group_sizes, layer = operands
+    grad_rows = _product(grad, weights, group_sizes, layer, transpose_weights=True)
+    grad_weights = _weight_gradient(rows, grad, group_sizes)
+    return grad_rows, stack_gradient(grad_weights, weights, layer), None, None
 
 
 triton.defvjp(_forward, _backward)
@@ -52,20 +54,23 @@ def _call(kernel, shape, dtype, grid, *arguments):
     )
 
 
-def _product(rows, weights, group_sizes, *, transpose_weights: bool):
+def _product(rows, weights, group_sizes, layer, *, transpose_weights: bool):
     num_rows = len(rows)
-    width = weights.shape[1 if transpose_weights else 2]
+    width = weights.shape[2 if transpose_weights else 3]
     if num_rows == 0:
         return jnp.zeros((0, width), rows.dtype)
     table = tile_table(num_rows, group_sizes, _BLOCK_M)
     grid = len(table.group), pl.cdiv(width, _BLOCK_N)
     kernel = functools.partial(_product_kernel, transpose_weights=transpose_weights)
-    return _call(kernel, (num_rows, width), rows.dtype, grid, *table[:4], rows, weights)
+    operands = *table[:4], layer.reshape(1), rows, weights
+    return _call(kernel, (num_rows, width), rows.dtype, grid, *operands)
 
 
-def _product_kernel(group, start, begin, end, x_ref, w_ref, out_ref, *, transpose_weights: bool):
-    depth, (num_groups, width) = x_ref.shape[1], (len(w_ref), out_ref.shape[1])
-    tile = pl.program_id(0)
+def _product_kernel(
+    group, start, begin, end, layer, x_ref, w_ref, out_ref, *, transpose_weights: bool
+):
+    depth, num_groups, width = x_ref.shape[1], w_ref.shape[1], out_ref.shape[1]
+    tile, layer = pl.program_id(0), layer[0]
     group, start, begin, end = group[tile], start[tile], begin[tile], end[tile]
     rows, columns = pl.ds(start, _BLOCK_M), pl.ds(pl.program_id(1) * _BLOCK_N, _BLOCK_N)
     row = jnp.arange(_BLOCK_M)[:, None]
@@ -76,9 +81,9 @@ def _product_kernel(group, start, begin, end, x_ref, w_ref, out_ref, *, transpos
         deep = pl.ds(k * _BLOCK_K, _BLOCK_K)
         own_deep = k * _BLOCK_K + jnp.arange(_BLOCK_K) < depth
         x = plgpu.load(x_ref.at[rows, deep], mask=own_rows & own_deep[None], other=0)
-        at = (group, columns, deep) if transpose_weights else (group, deep, columns)
+        at = (columns, deep) if transpose_weights else (deep, columns)
         own = own_deep[:, None] & own_columns
-        w = plgpu.load(w_ref.at[at], mask=own.T if transpose_weights else own, other=0)
+        w = plgpu.load(w_ref.at[layer, group, *at], mask=own.T if transpose_weights else own, other=0)
         return total + _dot(x, w, trans_b=transpose_weights)
 
     steps = jnp.where((group < num_groups) & (begin < end), jnp.int32(pl.cdiv(depth, _BLOCK_K)), 0)

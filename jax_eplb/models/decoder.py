@@ -98,8 +98,15 @@ def decode(
         (x, cache, i), (layer, layer_tables) = carry, layer_and_tables
         x, cache = _attention(layer.attention, x, batch, cache, i, config)
         rows = _rows(lambda r: r, x, layer.norm, config)
+        moe_params = layer.moe
+        if cache is not None:
+            # Serving: the kernels read the experts in the stack, from which scan would copy them.
+            # Without a cache it is training, and a gradient for each slice is less than for a stack.
+            stack = params.sparse.moe.experts
+            index = i - config.num_dense_layers
+            moe_params = moe_params._replace(experts=stack._replace(layer=index))
         output = moe_forward(
-            layer.moe,
+            moe_params,
             layer_tables,
             rows.reshape(-1, config.embed_dim),
             batch.valid.reshape(-1),

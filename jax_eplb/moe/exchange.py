@@ -91,6 +91,10 @@ def _exchange_backward(compute, sizes, ranks, arrays, grads):
         )
         wide = grad_rows.astype(jnp.float32)
         grad_rows, grad_params = transpose((wide * weight).astype(computed.dtype))
+        # Integers, such as a stack's layer, have no gradients that could be added up.
+        grad_params = jax.tree.map(
+            lambda x: None if x.dtype == jax.dtypes.float0 else x, grad_params
+        )
         grad_weight = (wide * computed.astype(jnp.float32)).sum(axis=1)
         back = transport.send_back(wave, grad_rows), transport.send_back(wave, grad_weight)
         return back, grad_params

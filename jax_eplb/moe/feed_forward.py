@@ -1,7 +1,7 @@
 """The feed-forward of experts: up (with a gate beside it), an activation, and down.
 
-Axes: M rows, N slots of this rank, D embedding width, F expert hidden width; U = 2F for a gated
-activation, whose gate and up stand side by side, F for one without a gate.
+Axes: M rows, L layers, N slots of this rank, D embedding width, F expert hidden width; U = 2F for a
+gated activation, whose gate and up stand side by side, F for one without a gate.
 """
 
 from typing import NamedTuple
@@ -13,12 +13,17 @@ from jax_eplb.kernels import activation_named, by_row_blocks, grouped_matmul
 
 
 class ExpertWeights(NamedTuple):
-    """Expert weights by slot; gate and up side by side, so that both are one product."""
+    """Expert weights by slot; gate and up side by side, so that both are one product.
 
-    gate_up: Float[Array, "N D U"]
-    down: Float[Array, "N F D"]
-    gate_up_bias: Float[Array, "N U"] | None = None
-    down_bias: Float[Array, "N D"] | None = None
+    With `layer`, the arrays are stacks of layers', of which that one is meant: for inference in a
+    scan over layers, which would copy each layer's weights out of a stack of them that it slices.
+    """
+
+    gate_up: Float[Array, "*L N D U"]
+    down: Float[Array, "*L N F D"]
+    gate_up_bias: Float[Array, "*L N U"] | None = None
+    down_bias: Float[Array, "*L N D"] | None = None
+    layer: Int[Array, ""] | None = None
 
 
 class SharedWeights(NamedTuple):
@@ -43,11 +48,17 @@ def expert_feed_forward(
         weights.gate_up,
         group_sizes,
         bias=weights.gate_up_bias,
+        layer=weights.layer,
         activation=activation,
         implementation=kernel,
     )
     return grouped_matmul(
-        hidden, weights.down, group_sizes, bias=weights.down_bias, implementation=kernel
+        hidden,
+        weights.down,
+        group_sizes,
+        bias=weights.down_bias,
+        layer=weights.layer,
+        implementation=kernel,
     )
 
 

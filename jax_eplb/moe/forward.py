@@ -108,8 +108,9 @@ def moe_forward(
 
 def _flat(experts: ExpertWeights) -> ExpertWeights:
     """Gate and up side by side: [N, D, 2, F] is as good as [N, D, 2F]."""
+    *slots, _, embed_dim = experts.down.shape  # [N], or [L, N] of a stack
     bias = experts.gate_up_bias
     return experts._replace(
-        gate_up=experts.gate_up.reshape(*experts.gate_up.shape[:2], -1),
-        gate_up_bias=None if bias is None else bias.reshape(len(bias), -1),
+        gate_up=experts.gate_up.reshape(*slots, embed_dim, -1),
+        gate_up_bias=None if bias is None else bias.reshape(*slots, -1),
     )

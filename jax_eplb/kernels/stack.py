@@ -1,0 +1,22 @@
+"""Weights of several layers in one array, of which a kernel reads one layer where it is.
+
+Axes: L layers, G groups, D in, F out.
+"""
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from jax_eplb.kernels.varying import zeros_varying_like
+
+
+def stack_gradient(
+    gradient: Float[Array, "G D F"], stack: Float[Array, "L G D F"], layer: Int[Array, ""]
+) -> Float[Array, "L G D F"]:
+    """The gradient of a stack, from that of the only layer that was read.
+
+    >>> ones = jax.numpy.ones((1, 1, 2))
+    >>> stack_gradient(ones, jax.numpy.zeros((3, 1, 1, 2)), 1).reshape(3, 2).tolist()
+    [[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]
+    """
+    zeros = zeros_varying_like(stack.shape, gradient.dtype, gradient)
+    return jax.lax.dynamic_update_index_in_dim(zeros, gradient, layer, axis=0)
