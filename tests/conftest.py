@@ -23,14 +23,9 @@ from tests.light_compile import is_light, set_light
 
 # On a busy machine the eight devices may wait for each other longer than the 40 s after which XLA
 # takes them for stuck, and ends the process.
-_XLA_FLAGS = ["--xla_cpu_collective_call_terminate_timeout_seconds=600"]
-if jax.__version__.startswith("0.10."):
-    # The older of this XLA's two code generators, as good, compiles a third faster.
-    _XLA_FLAGS += [
-        "--xla_cpu_use_fusion_emitters=false",
-        "--xla_cpu_parallel_codegen_split_count=1",
-    ]
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_XLA_FLAGS])
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -6,9 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.light_compile import LIGHT_ENVIRONMENT
+from tests.light_compile import LIGHT_ENVIRONMENT, LIGHT_XLA_FLAGS
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def light_environment() -> dict[str, str]:
+    """This process's environment, for one that is to compile lightly."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {LIGHT_XLA_FLAGS}"
+    return os.environ | LIGHT_ENVIRONMENT | {"XLA_FLAGS": flags}
 
 
 def free_port() -> int:
@@ -27,7 +33,7 @@ def run_together(module: str, processes: int, *arguments, timeout: float = 120) 
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | LIGHT_ENVIRONMENT,
+            env=light_environment(),
         )
         for process in range(processes)
     ]

@@ -12,7 +12,6 @@ from jax_eplb.cli import main
 from jax_eplb.commands import demo_online
 from jax_eplb.report import rank_tokens
 from tests.command_line import fail
-from tests.tiny_model import tiny_decoder
 
 pytestmark = pytest.mark.light_compile
 
@@ -53,10 +52,9 @@ def out(tmp_path_factory):
 @pytest.fixture(scope="module")
 def figures(out):
     printed = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(demo_online, "load_decoder", tiny_decoder)
-        command = ["demo", "--online", "--num-slots", "24", "--iterations", "96", "--json"]
-        assert main([*command, "--out", str(out)]) == 0
+    with contextlib.redirect_stdout(printed):
+        command = ["demo", "--online", "--iterations", "96", "--json", "--out", str(out)]
+        assert main(command) == 0
     return json.loads(printed.getvalue())
 
 

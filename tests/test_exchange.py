@@ -12,6 +12,8 @@ from jax_eplb.moe.exchange import ExchangeSizes, exchange
 from jax_eplb.routing import Ranks, SlotOrder
 from tests.ragged_emulation import ragged_all_to_all
 
+pytestmark = pytest.mark.light_compile
+
 RANKS, PER_RANK, T, K, D = 4, 3, 10, 2, 5
 SLOTS = RANKS * PER_RANK
 WHOLE = T * K
@@ -185,6 +187,33 @@ def test_fewer_ranks_give_the_same_bits(name, ranks):
     plain = results_and_gradients(ONE_WAVE["waves"])(*arrays)
     for got, expected in zip(found[:3], plain[:3], strict=True):
         np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("name", ["waves, the lesser buffer where it does", "waves of 3"])
+def test_parameters_may_hold_integers_which_have_no_gradient(name):
+    tokens, weights, slots, params, cotangent = drawn(6)
+
+    def local(tokens, weights, slots, stack, layer):
+        def compute(rows, params, group_sizes):
+            stack, layer = params
+            return times_slot_weights(rows, stack[layer], group_sizes)
+
+        ranks, order = Ranks("expert", RANKS, PER_RANK), order_of(slots)
+        return exchange(compute, EVERY[name], ranks, tokens, weights, order, (stack, layer))[0]
+
+    axis, bank = P("expert"), P(None, "expert")
+    run = jax.shard_map(
+        local, mesh=expert_mesh(RANKS), in_specs=(axis, axis, axis, bank, P()), out_specs=axis
+    )
+
+    @jax.jit
+    def gradient(stack, layer):
+        return jax.vjp(lambda stack: run(tokens, weights, slots, stack, layer), stack)[1](cotangent)
+
+    (grad,) = gradient(np.stack([params + 1, params]), 1)
+    expected = by_numpy(tokens, weights, slots, params, cotangent)[3]
+    np.testing.assert_allclose(grad[1], expected, rtol=1e-5, atol=1e-5)
+    assert not np.asarray(grad[0]).any()
 
 
 def test_no_tokens_at_all_are_no_waves():

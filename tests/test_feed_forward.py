@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,6 +32,14 @@ def test_each_row_passes_through_the_expert_of_its_slot_and_padding_stays_zero(k
     np.testing.assert_allclose(out[:4], expected(rows[:4], gate_up[0], down[0]), rtol=1e-4)
     np.testing.assert_allclose(out[4:7], expected(rows[4:7], gate_up[2], down[2]), rtol=1e-4)
     assert not np.asarray(out[7:]).any()
+
+
+def test_a_layer_of_a_stack_gives_what_it_gives_alone():
+    rows, *arrays = drawn((9, 4), (2, 4, 10), (2, 5, 4), (2, 10), (2, 4))
+    weights, sizes = ExpertWeights(*arrays), jnp.array([3, 4])
+    stack = jax.tree.map(lambda x: jnp.stack([x + jnp.nan, x]), weights)
+    found = expert_feed_forward(rows, stack._replace(layer=jnp.int32(1)), sizes)
+    np.testing.assert_array_equal(found, expert_feed_forward(rows, weights, sizes))
 
 
 def test_the_shared_expert_serves_every_row():

@@ -34,9 +34,7 @@ def product_and_gradients(implementation):
     @jax.default_matmul_precision("highest")  # a GPU's default would round float32
     def run(rows, weights, sizes, cotangent, layer=None):
         def product(rows, weights):
-            return grouped_matmul(
-                rows, weights, sizes, layer=layer, implementation=implementation
-            )
+            return grouped_matmul(rows, weights, sizes, layer=layer, implementation=implementation)
 
         out, transpose = jax.vjp(product, rows, weights)
         return out, *transpose(cotangent)
@@ -139,7 +137,7 @@ def test_bfloat16_stays_bfloat16(implementation, width):
         assert error < 0.005 * np.linalg.norm(exact)
 
 
-@pytest.mark.parametrize("implementation", WIDE)
+@pytest.mark.parametrize("implementation", WIDE[1:])
 def test_a_layer_of_a_stack_gives_what_it_gives_alone_and_the_others_are_not_read(implementation):
     rows, weights, cotangent = (
         jnp.asarray(x, jnp.bfloat16) for x in drawn(3, (M, 64), (G, 64, 64), (M, 64))

@@ -11,6 +11,8 @@ from jax_eplb.models import parameters
 from tests.placement_cases import random_table, seeds
 from tests.small_decoder import SMALL, drawn_on_host, fresh
 
+pytestmark = pytest.mark.light_compile
+
 EXPERTS, SLOTS = SMALL.num_experts, 16
 
 

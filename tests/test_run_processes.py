@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import time
@@ -16,14 +15,13 @@ from jax_eplb import Placement, expert_mesh, save_placement
 from jax_eplb.checkpoint import Checkpoints
 from jax_eplb.cli import main
 from jax_eplb.serving import read_run
-from tests.light_compile import LIGHT_ENVIRONMENT
-from tests.processes import ROOT, free_port
+from tests.processes import ROOT, free_port, light_environment
 from tests.tiny_model import CONFIG, tiny_decoder
 
 pytestmark = [pytest.mark.light_compile, pytest.mark.slow]
 
 RANKS = 4
-REQUESTS = 120
+REQUESTS = 60
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +47,7 @@ def folder(tmp_path_factory):
 def arguments(folder, out, ep_size=RANKS):
     files = ["--model", folder / "tiny.yaml", "--dataset", folder / "requests.jsonl"]
     online = ["--load-balancer", folder / "online.yaml", "--checkpoint", f"{out}.kept"]
+    online += ["--replica-choice", "even"]  # half of the compiling
     sizes = ["--ep-size", ep_size, "--max-batch-size", 2, "--checkpoint-interval", 5]
     return list(map(str, ["run", *files, *online, *sizes, "--output", out, "--json"]))
 
@@ -65,7 +64,7 @@ def together(processes, *command):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | LIGHT_ENVIRONMENT,
+            env=light_environment(),
         )
         for process in range(processes)
     ]
@@ -102,6 +101,7 @@ def alone(folder, tmp_path_factory):
     return out.read_text()
 
 
+@pytest.mark.soak  # the other test serves with several processes, too; those of moves with two
 def test_two_processes_follow_the_load_and_write_what_one_writes(folder, alone, tmp_path):
     out = tmp_path / "out.jsonl"
     with together(2, *arguments(folder, out)) as started:
@@ -117,7 +117,7 @@ def test_two_processes_follow_the_load_and_write_what_one_writes(folder, alone, 
 def test_three_processes_go_on_where_four_lost_one(folder, alone, tmp_path):
     out = tmp_path / "out.jsonl"
     with together(4, *arguments(folder, out)) as started:
-        while rows_of(out) < 10 or not read_run(f"{out}.kept"):
+        while rows_of(out) < 8 or not read_run(f"{out}.kept"):
             assert all(process.poll() is None for process in started), started[0].communicate()
             time.sleep(0.02)
         started[2].kill()
@@ -126,7 +126,7 @@ def test_three_processes_go_on_where_four_lost_one(folder, alone, tmp_path):
             assert process.returncode != 0
             assert process is started[2] or "process" in error
     written = rows_of(out)
-    assert 10 <= written < REQUESTS
+    assert 8 <= written < REQUESTS
     kept = read_run(f"{out}.kept")
     assert kept is not None
     assert kept.placement.num_ranks == 4

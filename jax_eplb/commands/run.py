@@ -159,14 +159,19 @@ def _keeper(
     if arguments.checkpoint is None or balancer is None:
         return lambda: None
     checkpoints = open_files.enter_context(Checkpoints(arguments.checkpoint))
-    open_files.callback(lambda: keep_run(checkpoints, balancer))
-    steps = itertools.count(1)
+    steps, kept_at = itertools.count(1), [balancer.iteration]
 
-    def keep() -> None:
-        if next(steps) % arguments.checkpoint_interval == 0:
+    def keep_now() -> None:
+        if balancer.iteration != kept_at[-1]:
+            kept_at.append(balancer.iteration)
             keep_run(checkpoints, balancer)
 
-    return keep
+    def keep_if_due() -> None:
+        if next(steps) % arguments.checkpoint_interval == 0:
+            keep_now()
+
+    open_files.callback(keep_now)
+    return keep_if_due
 
 
 def _placement(arguments: argparse.Namespace, config: DecoderConfig) -> Placement:

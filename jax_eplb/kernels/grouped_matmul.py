@@ -19,6 +19,7 @@ from jax_eplb.kernels.groups import group_of_rows
 from jax_eplb.kernels.mosaic import mosaic, unsupported
 from jax_eplb.kernels.ragged import ragged_dot
 from jax_eplb.kernels.reference import reference
+from jax_eplb.kernels.stack import layer_of
 from jax_eplb.kernels.triton import triton
 
 # (rows [M, D], weights [L, G, D, F], group_sizes [G], layer) -> [M, F].
@@ -47,8 +48,8 @@ def grouped_matmul(
     from weights [G, D, 2F], gate first, and leaves F values a row. `implementation` is a name of
     `IMPLEMENTATIONS`, or None for the best one on the backend that the program is lowered for.
 
-    With `layer`, weights and bias are stacks of layers', of which that one is meant. The kernels read
-    it where it is; a slice of the stack XLA would copy first, wherever it is used in a loop or branch.
+    With `layer`, weights and bias are stacks of layers', of which that one is meant. Kernels read
+    it where it is; a slice of the stack, used in a loop or a branch, XLA would copy first.
 
     >>> rows, weights = jax.numpy.ones((3, 2)), jax.numpy.array([[[1.0], [1.0]], [[2.0], [3.0]]])
     >>> grouped_matmul(rows, weights, jax.numpy.array([1, 1])).tolist()
@@ -57,15 +58,15 @@ def grouped_matmul(
     if activation is not None:
         activation_named(activation)
     if layer is None:
-        weights, layer = weights[None], 0
+        weights, layer = weights[None], jnp.int32(0)
     elif bias is not None:
-        bias = bias[layer]
+        bias = layer_of(bias, layer)
     biases = () if bias is None else (bias,)
 
     def run(product) -> Any:
         def whole(rows, weights, group_sizes, layer, *biases):
-            if product is mosaic and not biases:
-                return mosaic(rows, weights, group_sizes, layer, activation)  # applied in the kernel
+            if product is mosaic and not biases:  # it applies the activation in the kernel
+                return mosaic(rows, weights, group_sizes, layer, activation)
             out = product(rows, weights, group_sizes, layer)
             for bias in biases:
                 out = out + _bias_of_rows(bias, out, group_sizes)
@@ -73,7 +74,7 @@ def grouped_matmul(
 
         return whole
 
-    operands = rows, weights, group_sizes, jnp.int32(layer), *biases
+    operands = rows, weights, group_sizes, jnp.asarray(layer, jnp.int32), *biases
     if implementation is not None:
         check_implementation(implementation)
         return run(IMPLEMENTATIONS[implementation])(*operands)

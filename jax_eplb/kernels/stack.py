@@ -1,12 +1,17 @@
-"""Weights of several layers in one array, of which a kernel reads one layer where it is.
+"""Weights of several layers in one array, of which a product needs one layer.
 
 Axes: L layers, G groups, D in, F out.
 """
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from jax_eplb.kernels.varying import zeros_varying_like
+
+
+def layer_of(stack: Num[Array, "L *shape"], layer: Int[Array, ""]) -> Num[Array, "*shape"]:
+    """The layer, cut out: for small arrays, and products that cannot read it where it is."""
+    return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
 
 
 def stack_gradient(

@@ -83,7 +83,9 @@ def _product_kernel(
         x = plgpu.load(x_ref.at[rows, deep], mask=own_rows & own_deep[None], other=0)
         at = (columns, deep) if transpose_weights else (deep, columns)
         own = own_deep[:, None] & own_columns
-        w = plgpu.load(w_ref.at[layer, group, *at], mask=own.T if transpose_weights else own, other=0)
+        w = plgpu.load(
+            w_ref.at[layer, group, *at], mask=own.T if transpose_weights else own, other=0
+        )
         return total + _dot(x, w, trans_b=transpose_weights)
 
     steps = jnp.where((group < num_groups) & (begin < end), jnp.int32(pl.cdiv(depth, _BLOCK_K)), 0)

@@ -100,8 +100,8 @@ def decode(
         rows = _rows(lambda r: r, x, layer.norm, config)
         moe_params = layer.moe
         if cache is not None:
-            # Serving: the kernels read the experts in the stack, from which scan would copy them.
-            # Without a cache it is training, and a gradient for each slice is less than for a stack.
+            # Serving: kernels read the experts in the stack, out of which `scan` would copy them.
+            # Without a cache it is training, whose gradients are less by slices than by stacks.
             stack = params.sparse.moe.experts
             index = i - config.num_dense_layers
             moe_params = moe_params._replace(experts=stack._replace(layer=index))

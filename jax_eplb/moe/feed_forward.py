@@ -15,8 +15,8 @@ from jax_eplb.kernels import activation_named, by_row_blocks, grouped_matmul
 class ExpertWeights(NamedTuple):
     """Expert weights by slot; gate and up side by side, so that both are one product.
 
-    With `layer`, the arrays are stacks of layers', of which that one is meant: for inference in a
-    scan over layers, which would copy each layer's weights out of a stack of them that it slices.
+    With `layer`, the arrays are stacks of layers', of which that one is meant. So a scan over
+    layers, for inference, reads weights where they are; a slice of a stack a GPU would copy first.
     """
 
     gate_up: Float[Array, "*L N D U"]

@@ -32,9 +32,8 @@ def keep_run(checkpoints: Checkpoints, balancer: Balancer) -> None:
 
     Over several processes, all call it between the same two iterations.
     """
-    if balancer.iteration not in checkpoints.steps:
-        facts = {"placement": placement_to_json(balancer.placement)}
-        checkpoints.save(balancer.iteration, kept_load(balancer.state), None, facts=facts)
+    facts = {"placement": placement_to_json(balancer.placement)}
+    checkpoints.save(balancer.iteration, kept_load(balancer.state), None, facts=facts)
 
 
 def read_run(folder: str | os.PathLike) -> KeptRun | None:
