@@ -83,6 +83,13 @@ def _add_report(commands) -> None:
         "--per-expert", action="store_true", help="over experts (or slots) instead of ranks"
     )
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write heat maps there")
+    parser.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="write one page: tables, pictures, the plan, and what simulate recommends (from four "
+        "iterations on, in one to two minutes)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -19,20 +19,7 @@ class Docstrings(griffe.Extension):
 
 
 def as_markdown(text: str) -> str:
-    """The docstring, paragraph by paragraph.
-
-    >>> print(as_markdown("Add.\\n\\na: one\\n    number\\nb: another\\n\\n>>> add(1, 2)\\n3"))
-    Add.
-    <BLANKLINE>
-    - **a**: one
-        number
-    - **b**: another
-    <BLANKLINE>
-    ```python
-    >>> add(1, 2)
-    3
-    ```
-    """
+    """The docstring, paragraph by paragraph."""
     return "\n\n".join(_paragraph(each) for each in re.split(r"\n{2,}", text.strip()))
 
 

@@ -14,7 +14,9 @@ PAGES = sorted(DOCS.rglob("*.md"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("page", "blocks"), [("layer.md", 1), ("checkpoints.md", 1), ("own_model.md", 4)])
+@pytest.mark.parametrize(
+    ("page", "blocks"), [("layer.md", 1), ("checkpoints.md", 1), ("own_model.md", 4)]
+)
 def test_the_examples_print_what_they_say(tmp_path, page, blocks):
     found = re.findall(r"^```python\n(.*?)^```$", (DOCS / page).read_text(), re.M | re.S)
     code = "".join(found[:blocks])

@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "models": FOUNDATION | LAYER,
     "report": FOUNDATION | {"planner", "formats"},
     "plot": FOUNDATION | {"planner", "formats", "report"},
-    "simulate": FOUNDATION | {"planner", "formats", "online", "report"},
+    "simulate": FOUNDATION | {"planner", "formats", "online", "report", "plot"},
+    "report_page": FOUNDATION | {"report", "plot", "simulate"},
     "serving": FOUNDATION | LAYER | {"planner", "formats", "online", "models"},
 }
 # These two may import everything but each other's callers.

@@ -18,7 +18,7 @@ def code_cells(path):
 
 
 def test_there_are_notebooks():
-    assert "planner.ipynb" in {path.name for path in NOTEBOOKS}
+    assert {path.name for path in NOTEBOOKS} == {"layer.ipynb", "planner.ipynb"}
 
 
 @pytest.mark.slow
@@ -33,12 +33,14 @@ def test_notebook_runs_and_prints_the_words_committed(path, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     for now, committed in zip(code_cells(tmp_path / path.name), code_cells(path), strict=True):
-        assert [printed(o) for o in now.outputs] == [printed(o) for o in committed.outputs]
+        assert told(now) == told(committed)
 
 
-def printed(output):
-    """The words that a cell printed, whose figures another processor may round otherwise."""
-    return re.findall("[A-Za-z_]+", output.get("text", "")) or sorted(output.get("data", {}))
+def told(cell):
+    """A cell's words, whose figures another processor may round otherwise, and what it showed."""
+    text = "".join(output.get("text", "") for output in cell.outputs)  # in how many pieces, varies
+    shown = [sorted(output["data"]) for output in cell.outputs if "data" in output]
+    return re.findall("[A-Za-z_]+", text), shown
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -47,6 +49,6 @@ def test_committed_outputs_are_whole_small_and_say_nothing_of_the_machine(path):
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert any("image/png" in o.get("data", {}) for cell in cells for o in cell.outputs)
     text = path.read_text()
-    assert len(text) < 200_000
+    assert len(text) < 300_000
     assert str(ROOT) not in text
     assert "/tmp" not in text

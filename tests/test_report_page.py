@@ -1,8 +1,6 @@
 import base64
 import re
-import shutil
 import struct
-import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
@@ -12,11 +10,11 @@ from jax_eplb import Placement, Recording
 from jax_eplb.report import build_report
 from jax_eplb.report_page import report_page
 from jax_eplb.simulate import NONE, STATIC, Advice, Outcome, Recommendation, every
+from tests.browser import find_browser, show
 from tests.command_line import LAYERS, skewed_recording
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 RANKS = 4
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
 class Page(HTMLParser):
@@ -217,44 +215,26 @@ def test_names_from_files_are_escaped(text):
 
 
 def test_without_a_plan_and_advice_the_page_says_why():
-    reason = "Too few iterations <to> replay."
-    page = Page(report_page(skewed_recording(), num_ranks=RANKS, advice=reason))
+    counts = np.random.default_rng(0).integers(1, 99, (2, 1, 8))
+    slots = Recording(counts, num_experts=6, experts_per_token=2, unit="slots")
+    reason = "Which expert sits in a slot is <not> known."
+    page = Page(report_page(slots, num_ranks=RANKS, advice=reason))
     assert reason in "".join(page.text)
     assert len(page.attributes("img")) == 5
     (table,) = page.tables
     assert table[0] == ["layer", "mean", "std", "imbalance"]
-
-
-def test_slots_of_a_recording_are_reported_as_they_are():
-    counts = np.random.default_rng(0).integers(1, 99, (2, 1, 8))
-    held = Recording(counts, num_experts=6, experts_per_token=2, unit="slots")
-    page = Page(report_page(held, num_ranks=RANKS, advice="None."))
-    report = build_report(held, num_ranks=RANKS)
-    assert page.tables[0][1][3] == f"{report.summary.imbalance[0]:.6f}"
+    report = build_report(slots, num_ranks=RANKS)
+    assert table[1][3] == f"{report.summary.imbalance[0]:.6f}"
 
 
 @pytest.mark.slow
-def test_a_browser_shows_the_page(tmp_path, text):
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.skip("no browser is installed")
+@pytest.mark.skipif(find_browser() is None, reason="no browser is installed")
+def test_a_browser_shows_the_page_on_a_phone_and_prints_it(tmp_path, text):
     (tmp_path / "page.html").write_text(text, encoding="utf-8")
-    # A phone's width; pictures that were not shown would leave the page short.
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'me'}"]
-    command = [browser, *options, "--window-size=390,844", "--dump-dom"]
-    shown = subprocess.run(
-        [*command, (tmp_path / "page.html").as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert Page(shown.stdout).tables == Page(text).tables
-    picture = tmp_path / "page.pdf"
-    subprocess.run(
-        [browser, *options, f"--print-to-pdf={picture}", (tmp_path / "page.html").as_uri()],
-        capture_output=True,
-        timeout=120,
-        check=True,
-    )
-    assert picture.read_bytes().startswith(b"%PDF")
+    shown = show(tmp_path / "page.html", tmp_path / "profile", width=390)
+    assert shown.pictures == [True] * len(Page(text).attributes("img"))
+    assert shown.rows == [len(table) for table in Page(text).tables]
+    assert shown.page_width <= 390  # wide tables scroll by themselves
+    assert shown.requested == {(tmp_path / "page.html").as_uri(), "data:"}
+    assert shown.complaints == []
+    assert shown.printed.startswith(b"%PDF")

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
+from jax_eplb.plot.style import COLOURS
 from jax_eplb.simulate import NONE, STATIC, Policy, every, online
 from jax_eplb.simulate.plot import (
-    COLOURS,
     gain_by_interval,
     imbalance_by_redundancy,
     imbalance_over_time,

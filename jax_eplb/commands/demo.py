@@ -23,7 +23,7 @@ from jax_eplb.mesh import expert_mesh, simulate_devices
 from jax_eplb.models.weights import load_decoder
 from jax_eplb.placement import Placement, check_sizes
 from jax_eplb.planner import plan
-from jax_eplb.plot import plot_before_after, plot_recording
+from jax_eplb.plot import before_after, recording_figures, save_figures
 from jax_eplb.report import Report, build_report, rank_tokens
 from jax_eplb.serving import Engine, Request, RunResult, ServingConfig
 
@@ -204,15 +204,15 @@ def _write(out: Path, recorded: Leg, placement: Placement, compared: _Comparison
     tables = dict(zip(("before", "after"), (r.to_json() for r in compared.reports), strict=True))
     files.append(out / "report.json")
     files[-1].write_text(json.dumps({**tables, **compared.figures}, indent=1) + "\n")
-    files.append(out / "balance.png")
-    plot_before_after(
-        files[-1],
+    balance = before_after(
         rank_tokens(compared.before.large()),
         rank_tokens(compared.after.large()),
         recorded.recording.layer_ids,
         chance=compared.reports[0].chance,
     )
-    return files + plot_recording(out / "recording", recorded.large(), placement=placement)
+    files += save_figures(out, {"balance": balance})
+    figures = recording_figures(recorded.large(), placement=placement)
+    return files + save_figures(out / "recording", figures)
 
 
 def _summary(compared: _Comparison, request: Request, simulated: bool) -> str:

@@ -36,7 +36,7 @@ from jax_eplb.models.weights import load_decoder
 from jax_eplb.online import BalancerConfig, Event, JsonLines, LayerUpdate
 from jax_eplb.placement import Placement, check_sizes
 from jax_eplb.planner import plan
-from jax_eplb.plot import plot_over_time
+from jax_eplb.plot import imbalance_by_iteration, save_figures
 from jax_eplb.report import rank_tokens
 from jax_eplb.routing import Ranks
 from jax_eplb.routing.balanced import balanced_share
@@ -142,12 +142,12 @@ def run(arguments: argparse.Namespace) -> None:
     }
     save_placement(static, arguments.out / "static.yaml", layer_updates_per_iter=2)
     save_recording(online.recording, arguments.out / "recording_online.npz")
-    picture = plot_over_time(
-        arguments.out / "online.png",
+    figure = imbalance_by_iteration(
         {name: metrics.imbalance(each).mean(axis=1) for name, each in tokens.items()},
         change=batches * OUTPUT_TOKENS,
         updates=[update.step for update in online.updates],
     )
+    (picture,) = save_figures(arguments.out, {"online": figure})
     (arguments.out / "online.json").write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures) if arguments.json else _summary(figures, str(picture)))
     if not figures["identical_output"]:

@@ -2,20 +2,30 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from jax_eplb.commands.inputs import read_recording
+from jax_eplb.commands.progress import progress_bars
 from jax_eplb.commands.report_log import print_log
+from jax_eplb.commands.simulate import compare, recorded_ranks
 from jax_eplb.formats import Kind, kind_of, load_balancedness, load_placement
-from jax_eplb.plot import plot_recording
+from jax_eplb.load import Recording
+from jax_eplb.placement import Placement
+from jax_eplb.plot import recording_figures, save_figures
 from jax_eplb.report import build_report
+from jax_eplb.report_page import report_page
+from jax_eplb.simulate import recommend
+
+# Fewer iterations leave fewer than three to score, and then no telling how far a gain may be off.
+_LEAST_ITERATIONS = 4
 
 
 def run(arguments: argparse.Namespace) -> None:
     if kind_of(Path(arguments.recording)) is Kind.UNKNOWN:
         series = load_balancedness(arguments.recording)
         if series:
-            for option in ("ep_size", "load_balancer", "plot", "per_expert"):
+            for option in ("ep_size", "load_balancer", "plot", "html", "per_expert"):
                 if getattr(arguments, option):
                     name = option.replace("_", "-")
                     raise ValueError(f"{arguments.recording}: a log, which --{name} cannot use")
@@ -40,14 +50,38 @@ def run(arguments: argparse.Namespace) -> None:
         placement=placement,
         per_expert=arguments.per_expert,
     )
-    pictures = []
+    files = []
     if arguments.plot is not None:
-        pictures = plot_recording(
-            arguments.plot, recording, num_ranks=arguments.ep_size, placement=placement
-        )
+        figures = recording_figures(recording, num_ranks=arguments.ep_size, placement=placement)
+        files += save_figures(arguments.plot, figures)
+    if arguments.html is not None:
+        page = _page(recording, arguments.ep_size, placement)
+        arguments.html.parent.mkdir(parents=True, exist_ok=True)
+        arguments.html.write_text(page, encoding="utf-8")
+        files.append(arguments.html)
     if arguments.json:
         print(json.dumps(report.to_json()))
         return
     print(report.to_text())
-    for picture in pictures:
-        print(picture)
+    for file in files:
+        print(file)
+
+
+def _page(recording: Recording, num_ranks: int | None, placement: Placement | None) -> str:
+    sizes = {"num_ranks": num_ranks, "placement": placement}
+    found = len(recording.iterations)
+    if found < _LEAST_ITERATIONS:
+        why = (
+            f"The recording has {found} iterations; with {_LEAST_ITERATIONS} or more this page "
+            "says whether balancing pays, and how."
+        )
+        return report_page(recording, advice=why, **sizes)
+    with progress_bars(shown=sys.stderr.isatty()) as bars:
+        bars.add_task("simulation", total=None)
+        try:
+            advice = recommend(recording, num_ranks=num_ranks or recorded_ranks(recording))
+            compared = compare(advice)
+        except ValueError as error:
+            why = f"The simulator cannot replay this recording: {error}"
+            return report_page(recording, advice=why, **sizes)
+    return report_page(recording, advice=advice, compared=compared, **sizes)

@@ -4,11 +4,11 @@ import argparse
 import dataclasses
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from jax_eplb.commands.inputs import read_recording
 from jax_eplb.commands.progress import progress_bars
+from jax_eplb.load import Recording
 from jax_eplb.simulate import (
     NONE,
     ORACLE,
@@ -17,7 +17,6 @@ from jax_eplb.simulate import (
     Costs,
     Outcome,
     Policy,
-    bound_of,
     costs_of,
     every,
     online,
@@ -36,7 +35,7 @@ _WORSE = 1.5
 
 def run(arguments: argparse.Namespace) -> None:
     recording = read_recording(arguments)
-    num_ranks = arguments.ep_size or _recorded_ranks(recording)
+    num_ranks = arguments.ep_size or recorded_ranks(recording)
     costs = _costs(arguments)
     options: dict[str, Any] = {
         "costs": costs,
@@ -57,10 +56,14 @@ def run(arguments: argparse.Namespace) -> None:
             **options,
         )
         bars.update(task, description="policies")
-        compared = _compare(advice, options)
+        compared = compare(advice, **options)
     pictures = []
     if arguments.plot is not None:
-        pictures = _draw(arguments.plot, advice, compared)
+        # Imported late: where no picture is asked for, none need wait for matplotlib.
+        from jax_eplb.plot import save_figures
+        from jax_eplb.simulate.plot import advice_figures
+
+        pictures = save_figures(arguments.plot, advice_figures(advice, compared))
     if arguments.json:
         figures = {
             "recommendation": advice.recommendation.to_json(),
@@ -82,7 +85,8 @@ def run(arguments: argparse.Namespace) -> None:
         print(picture)
 
 
-def _recorded_ranks(recording) -> int:
+def recorded_ranks(recording: Recording) -> int:
+    """The ranks of the recorded run; ValueError where the recording does not say."""
     if recording.rank_tokens is not None:
         return recording.rank_tokens.shape[-1]
     if recording.placement is not None:
@@ -119,8 +123,11 @@ def _policies(arguments: argparse.Namespace) -> list[Policy] | None:
     return [STATIC, *following]
 
 
-def _compare(advice: Advice, options: dict[str, Any]) -> list[Outcome]:
-    """Each kind of policy at the recommended size, the recommended one last."""
+def compare(advice: Advice, **options: Any) -> list[Outcome]:
+    """Each kind of policy at the recommended size, the recommended one last.
+
+    `options` are those of `recommend` that `simulate` has, too.
+    """
     chosen = advice.chosen
     interval = chosen.policy.interval or _INTERVAL
     policies = [
@@ -164,37 +171,3 @@ def _table(outcomes: list[Outcome]) -> str:
             f"  {outcome.moves.mean():>18.2f}  {100 * outcome.move_share:>12.2f}%"
         )
     return "\n".join(lines)
-
-
-def _draw(directory: Path, advice: Advice, compared: list[Outcome]) -> list[Path]:
-    # Imported late: where no picture is asked for, none need wait for matplotlib.
-    from jax_eplb.simulate import plot
-
-    recording, history = advice.recording, advice.history
-    bounds: dict[str, dict[int, float]] = {}
-    for outcome in advice.outcomes:
-        by_slots = bounds.setdefault(outcome.replica_choice, {})
-        if outcome.num_slots not in by_slots:
-            by_slots[outcome.num_slots] = bound_of(
-                recording,
-                num_ranks=outcome.num_ranks,
-                num_slots=outcome.num_slots,
-                history=history,
-                replica_choice=outcome.replica_choice,
-            )
-    size = advice.chosen.num_slots
-    figures = {
-        "imbalance_over_time": plot.imbalance_over_time(compared, recording.iterations[history:]),
-        "imbalance_by_redundancy": plot.imbalance_by_redundancy(
-            advice.outcomes, bounds, recording.num_experts
-        ),
-        "gain_by_interval": plot.gain_by_interval(
-            [outcome for outcome in advice.outcomes if outcome.num_slots == size]
-        ),
-    }
-    directory.mkdir(parents=True, exist_ok=True)
-    files = []
-    for name, figure in figures.items():
-        files.append(directory / f"{name}.png")
-        figure.savefig(files[-1], dpi=110)
-    return files

@@ -95,7 +95,7 @@ class HostCopy:
         return copy
 
     def row(self, banks: Banks, group: int, layer: int, expert: int) -> list[Any]:
-        """[column][pack]: each [1, width], a device's part of the expert's row.
+        """By column and pack: each [1, width], a device's part of the expert's row.
 
         Raises ValueError where the copy was made of other banks than these.
         """

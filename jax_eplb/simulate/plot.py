@@ -1,9 +1,6 @@
 """Plot: the simulator's pictures, one function each, which returns the figure.
 
 Axes: W windows, L layers.
-
-Series differ by colour (Okabe and Ito's palette, which can be told apart with any common form of
-colour blindness) and by line style or marker, so they stay apart in grey print.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,12 +10,34 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from jax_eplb.simulate.simulation import Outcome
+from jax_eplb.plot.style import CHANCE, COLOURS, LINES, MARKERS, legend_below, running_mean
+from jax_eplb.simulate.recommend import Advice
+from jax_eplb.simulate.simulation import Outcome, bound_of
 
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
-_STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_BOUND = "#666666"
+
+def advice_figures(advice: Advice, compared: Sequence[Outcome]) -> dict[str, Figure]:
+    """The three pictures of a recommendation, and of policies `compared` with it, by name."""
+    recording, history = advice.recording, advice.history
+    bounds: dict[str, dict[int, float]] = {}
+    for outcome in advice.outcomes:
+        by_slots = bounds.setdefault(outcome.replica_choice, {})
+        if outcome.num_slots not in by_slots:
+            by_slots[outcome.num_slots] = bound_of(
+                recording,
+                num_ranks=outcome.num_ranks,
+                num_slots=outcome.num_slots,
+                history=history,
+                replica_choice=outcome.replica_choice,
+            )
+    size = advice.chosen.num_slots
+    at_size = [outcome for outcome in advice.outcomes if outcome.num_slots == size]
+    return {
+        "imbalance_over_time": imbalance_over_time(compared, recording.iterations[history:]),
+        "imbalance_by_redundancy": imbalance_by_redundancy(
+            advice.outcomes, bounds, recording.num_experts
+        ),
+        "gain_by_interval": gain_by_interval(at_size),
+    }
 
 
 def imbalance_over_time(
@@ -34,9 +53,9 @@ def imbalance_over_time(
         values = outcome.imbalance.mean(axis=1, dtype=np.float64)
         axes.plot(
             list(iterations),
-            _running_mean(values, count),
+            running_mean(values, count),
             color=COLOURS[number % len(COLOURS)],
-            linestyle=_STYLES[number % len(_STYLES)],
+            linestyle=LINES[number % len(LINES)],
             linewidth=1.6,
             label=f"{outcome.policy.describe()} (mean {values.mean():.3f})",
         )
@@ -73,7 +92,7 @@ def imbalance_by_redundancy(
         axes.plot(
             spare,
             [points[i] for i in spare],
-            color=_BOUND,
+            color=CHANCE,
             linestyle=style,
             label=f"{choice}: no policy below",
         )
@@ -132,9 +151,8 @@ def _start(title: str, label: str) -> tuple[Figure, Axes]:
 
 
 def _finish(figure: Figure, axes: Axes) -> Figure:
-    # Below the frame: the lines may be anywhere in it.
     if axes.get_legend_handles_labels()[1]:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
+        legend_below(axes, 2)
     return figure
 
 
@@ -146,19 +164,7 @@ def _draw_points(
         places,
         [points[place] for place in places],
         color=COLOURS[number % len(COLOURS)],
-        linestyle=style or _STYLES[number % len(_STYLES)],
-        marker=_MARKERS[number % len(_MARKERS)],
+        linestyle=style or LINES[number % len(LINES)],
+        marker=MARKERS[number % len(MARKERS)],
         label=name,
     )
-
-
-def _running_mean(values: np.ndarray, count: int) -> np.ndarray:
-    """Of the last `count` values, fewer at the start.
-
-    >>> _running_mean(np.array([1.0, 3.0, 5.0]), 2).tolist()
-    [1.0, 2.0, 4.0]
-    """
-    total = np.concatenate([np.zeros(1), np.cumsum(values)])
-    end = np.arange(1, len(values) + 1)
-    used = np.minimum(end, count)
-    return (total[end] - total[end - used]) / used

@@ -68,7 +68,10 @@ def tokens_by_iteration(
 
 
 def tokens_by_layer(maps: Mapping[str, np.ndarray], layer_ids: Sequence[int], name: str) -> Figure:
-    """Maps, layer × name, of all iterations together, side by side: tokens [W, L, name] by title."""
+    """Maps, layer × name, of all iterations together, side by side.
+
+    `maps`: tokens [W, L, name], by title.
+    """
     figure = Figure(figsize=(10, 0.5 + map_height(len(layer_ids))), layout="constrained")
     fill_by_layer(figure, maps, layer_ids, name)
     return figure

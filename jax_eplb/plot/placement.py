@@ -34,7 +34,8 @@ def experts_by_slot(placement: Placement, expert_tokens: np.ndarray, layer: int)
     upper, lower = figure.subplots(
         2, 1, sharex=True, height_ratios=(1, 0.25 * min(by_rank.shape[1], 16) + 0.5)
     )
-    upper.bar(np.arange(placement.num_ranks), relative(by_rank.sum(axis=1)), color=AFTER)
+    total = relative(by_rank.sum(axis=1)).filled(0)
+    upper.bar(np.arange(placement.num_ranks), total, color=AFTER)
     upper.axhline(1, color="black", linewidth=1, linestyle="--")
     upper.set_ylabel("tokens / mean")
     shown = relative(by_rank.ravel()).reshape(by_rank.shape).T  # [N, P]
@@ -49,7 +50,7 @@ def experts_by_slot(placement: Placement, expert_tokens: np.ndarray, layer: int)
         for slot, expert in enumerate(row):
             rank, place = divmod(slot, by_rank.shape[1])
             several = expert < placement.num_experts and replicas[expert] > 1
-            dark = abs(np.log(max(load[place, rank], 1 / limit))) > 0.7 * np.log(limit)
+            dark = abs(np.log(max(load[place, rank], 1 / limit))) > 0.6 * np.log(limit)
             lower.text(
                 rank,
                 place,
