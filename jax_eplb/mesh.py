@@ -1,5 +1,6 @@
 """The mesh that experts are spread over, what lies on it, and simulated devices."""
 
+import functools
 import os
 
 import jax
@@ -47,6 +48,12 @@ def expert_mesh(num_ranks: int | None = None, axis_name: str = "expert") -> Mesh
         axis_types=(jax.sharding.AxisType.Auto,),
         devices=devices[:num_ranks],
     )
+
+
+@functools.cache
+def one_process(mesh: Mesh) -> bool:
+    """Whether all devices of the mesh belong to one process."""
+    return len({device.process_index for device in mesh.devices.flat}) == 1
 
 
 def lay_out(host: np.ndarray, sharding: Sharding) -> jax.Array:

@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -15,7 +13,7 @@ from jax_eplb import Placement, expert_mesh, save_placement
 from jax_eplb.checkpoint import Checkpoints
 from jax_eplb.cli import main
 from jax_eplb.serving import read_run
-from tests.processes import ROOT, free_port, light_environment
+from tests.processes import finish, free_port, started_together
 from tests.tiny_model import CONFIG, tiny_decoder
 
 pytestmark = [pytest.mark.light_compile, pytest.mark.slow]
@@ -52,36 +50,12 @@ def arguments(folder, out, ep_size=RANKS):
     return list(map(str, ["run", *files, *online, *sizes, "--output", out, "--json"]))
 
 
-@contextlib.contextmanager
 def together(processes, *command):
     """The command in so many processes, each of which counts itself in."""
     where = ["--distributed", "--coordinator", f"localhost:{free_port()}"]
     where += ["--num-processes", str(processes), "--process-id"]
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "jax_eplb", *command, *where, str(process)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=light_environment(),
-        )
-        for process in range(processes)
-    ]
-    try:
-        yield started
-    finally:
-        for process in started:
-            process.kill()
-            process.communicate()
-
-
-def finish(started):
-    """What each printed; all must have ended well."""
-    ended = [(*process.communicate(timeout=240), process.returncode) for process in started]
-    for _, error, code in ended:
-        assert code == 0, error
-    return [printed for printed, _, _ in ended]
+    own = (str(process) for process in range(processes))
+    return started_together(["-m", "jax_eplb", *command, *where, process] for process in own)
 
 
 def figures_of(printed):

@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,10 +28,10 @@ from jax_eplb.report import build_report
 from jax_eplb.serving import (
     Engine,
     Request,
+    RunKeeper,
     RunResult,
     ServingConfig,
     Throughput,
-    keep_run,
     placement_to_begin_with,
     read_requests,
     read_run,
@@ -64,8 +64,7 @@ def _serve_all(arguments: argparse.Namespace) -> None:
     placement = _placement(arguments, saved.config)
     kept = None if arguments.checkpoint is None else read_run(arguments.checkpoint)
     if kept is not None:
-        split = "balanced" if serving.replica_choice == "balanced" else "even"
-        placement = placement_to_begin_with(kept, placement, split)
+        placement = placement_to_begin_with(kept, placement, serving.split)
     mesh = expert_mesh(arguments.ep_size)
     check_covered(mesh)
     start, stop = arguments.record_iters
@@ -90,11 +89,16 @@ def _serve_all(arguments: argparse.Namespace) -> None:
         compile_steps(bars, engine, left + warm)
         if warm:
             serve(bars, "warming up", engine, warm)
-        keep = _keeper(arguments, engine, open_files)
+        keeper = None
+        if arguments.checkpoint is not None and engine.balancer is not None:
+            checkpoints = open_files.enter_context(Checkpoints(arguments.checkpoint))
+            keeper = RunKeeper(checkpoints, engine.balancer, arguments.checkpoint_interval)
         recorded_by = recorder if is_first() else None
-        result = serve(bars, "serving", engine, left, recorded_by, outputs, keep)
+        result = serve(bars, "serving", engine, left, recorded_by, outputs, keeper)
         if engine.balancer is not None:
             engine.balancer.flush()
+        if keeper is not None:
+            keeper.keep()
     if not is_first():
         return
     recording = recorder.recording()
@@ -117,7 +121,7 @@ def serve(
     requests: list[Request],
     recorder: Recorder | None = None,
     outputs: Outputs | None = None,
-    on_step: Callable[[], None] = lambda: None,
+    keeper: RunKeeper | None = None,
 ) -> RunResult:
     """Serve the requests under a progress bar."""
     task = bars.add_task(name, total=len(requests))
@@ -127,9 +131,11 @@ def serve(
             outputs.add(requests[index], tokens)
         bars.advance(task)
 
-    return engine.run(
-        requests, recorder=recorder, on_finished=note, on_progress=lambda _: on_step()
-    )
+    def keep(_: int) -> None:
+        if keeper is not None:
+            keeper.keep_if_due()
+
+    return engine.run(requests, recorder=recorder, on_finished=note, on_progress=keep)
 
 
 def activation_dtype(mesh: Mesh):
@@ -149,29 +155,6 @@ def _still_to_serve(arguments: argparse.Namespace, requests: list[Request]) -> l
     if not left.any():
         raise ValueError(f"{arguments.output} has all {len(requests)} requests: nothing to do")
     return [request for request, is_left in zip(requests, left, strict=True) if is_left]
-
-
-def _keeper(
-    arguments: argparse.Namespace, engine: Engine, open_files: contextlib.ExitStack
-) -> Callable[[], None]:
-    """What keeps the run in `--checkpoint` whenever it is time, if called after each step."""
-    balancer = engine.balancer
-    if arguments.checkpoint is None or balancer is None:
-        return lambda: None
-    checkpoints = open_files.enter_context(Checkpoints(arguments.checkpoint))
-    steps, kept_at = itertools.count(1), [balancer.iteration]
-
-    def keep_now() -> None:
-        if balancer.iteration != kept_at[-1]:
-            kept_at.append(balancer.iteration)
-            keep_run(checkpoints, balancer)
-
-    def keep_if_due() -> None:
-        if next(steps) % arguments.checkpoint_interval == 0:
-            keep_now()
-
-    open_files.callback(keep_now)
-    return keep_if_due
 
 
 def _placement(arguments: argparse.Namespace, config: DecoderConfig) -> Placement:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from jax_eplb.mesh import one_process
 from jax_eplb.moving.banks import Spread, columns
 from jax_eplb.moving.exchange import exchange_rows
 from jax_eplb.moving.rows import Rows
@@ -105,8 +106,3 @@ def places(mesh: Mesh) -> dict[Any, int]:
     own = jax.process_index()
     here = [device for device in mesh.devices.flat if device.process_index == own]
     return {device: index for index, device in enumerate(here)}
-
-
-@functools.lru_cache
-def one_process(mesh: Mesh) -> bool:
-    return len({device.process_index for device in mesh.devices.flat}) == 1

@@ -11,9 +11,10 @@ import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from jax_eplb.mesh import one_process
 from jax_eplb.moving import packs
 from jax_eplb.moving.banks import Banks, Group, LayerOf, columns, find_banks
-from jax_eplb.moving.delivery import one_process, places
+from jax_eplb.moving.delivery import places
 from jax_eplb.moving.rows import Rows, read_rows
 from jax_eplb.placement import Placement
 

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from jax_eplb.mesh import one_process
 from jax_eplb.moving import packs
 from jax_eplb.moving.banks import Banks, find_banks
-from jax_eplb.moving.delivery import one_process
 from jax_eplb.moving.exchange import exchange_rows
 from jax_eplb.moving.rows import read_rows, write_rows
 from jax_eplb.moving.staging import padded

@@ -12,9 +12,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jax_eplb.mesh import one_process
 from jax_eplb.moving import packs
 from jax_eplb.moving.banks import Banks, LayerOf, Spread, columns, find_banks
-from jax_eplb.moving.delivery import from_host, one_process, places
+from jax_eplb.moving.delivery import from_host, places
 from jax_eplb.moving.moves import Moves, choose_sources
 from jax_eplb.moving.order import in_any_order
 from jax_eplb.moving.rebalance import check_held, checked_table

@@ -56,6 +56,11 @@ class ServingConfig:
             )
 
     @property
+    def split(self) -> str:
+        """What plans are made for: "balanced" for the replica choice of that name, else "even"."""
+        return "balanced" if self.replica_choice == "balanced" else "even"
+
+    @property
     def prompt_rows(self) -> int:
         if self.max_prompts_per_step is None:
             return -(-self.max_batch_size // 2)
@@ -111,9 +116,8 @@ class Engine:
         self._statics = Statics(config, self.moe, mesh)
         self.balancer = None
         if balancer is not None:
-            split = "balanced" if self.moe.needs_leveling else "even"
             self.balancer = Balancer(
-                placement, balancer, split=split, listeners=listeners, kept=kept
+                placement, balancer, split=serving.split, listeners=listeners, kept=kept
             )
             per_token = None
             if balancer.horizon is not None and balancer.seconds_per_token is None:

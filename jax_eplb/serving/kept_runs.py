@@ -36,6 +36,28 @@ def keep_run(checkpoints: Checkpoints, balancer: Balancer) -> None:
     checkpoints.save(balancer.iteration, kept_load(balancer.state), None, facts=facts)
 
 
+class RunKeeper:
+    """Keeps a run every so many iterations, and when it is told to.
+
+    Over several processes, all call the same methods between the same two iterations.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, balancer: Balancer, interval: int):
+        self._checkpoints, self._balancer, self._interval = checkpoints, balancer, interval
+        self._kept_at = balancer.iteration
+
+    def keep_if_due(self) -> None:
+        """Keep where so many iterations have passed since the last time."""
+        if self._balancer.iteration - self._kept_at >= self._interval:
+            self.keep()
+
+    def keep(self) -> None:
+        """Keep the state of now, unless it is kept."""
+        if self._balancer.iteration > self._kept_at:
+            keep_run(self._checkpoints, self._balancer)
+            self._kept_at = self._balancer.iteration
+
+
 def read_run(folder: str | os.PathLike) -> KeptRun | None:
     """The last that was kept in a folder; None where there is none, or no folder.
 

@@ -13,10 +13,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
+from jax_eplb.mesh import one_process
 from jax_eplb.models import Cache, DecoderConfig, DecoderParams, decode, parameters
 from jax_eplb.models.decoder import Batch, logits_of
 from jax_eplb.moe import MoEConfig
-from jax_eplb.moving.delivery import one_process
 from jax_eplb.tables import PlacementTables
 
 AXIS = "expert"
