@@ -27,6 +27,7 @@ from benchmarks.step_times import RANKS, step_times
 from benchmarks.tables import Column, Table
 from jax_eplb.load import Recording
 from jax_eplb.mesh import simulate_devices
+from jax_eplb.placement import fewest_slots
 from jax_eplb.simulate import (
     STATIC,
     Costs,
@@ -123,7 +124,7 @@ def speed(recordings: list[Recording], ranks: dict[int, int]) -> Table:
     """Two hundred settings over the largest recording, twice: the first time compiles."""
     recording = max(recordings, key=lambda r: r.counts.shape[0] * r.counts.shape[1])
     num_ranks, experts = ranks.get(recording.num_experts, 8), recording.num_experts
-    fewest = -(-experts // num_ranks) * num_ranks
+    fewest = fewest_slots(experts, num_ranks)
     policies = [
         online(decay, moves, interval)
         for interval in (4, 8, 16, 32, 64)

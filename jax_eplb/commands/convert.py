@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from jax_eplb.commands.inputs import read_recording
+from jax_eplb.commands.inputs import option_name, read_recording
 from jax_eplb.formats import (
     holds_plan,
     load_layer_updates,
@@ -81,8 +81,8 @@ def _read_placement(arguments: argparse.Namespace, source: Path) -> Placement:
 def _convert_recording(arguments: argparse.Namespace, out: Path) -> dict:
     for option in ("layers", "ep_size", "layer_updates_per_iter"):
         if getattr(arguments, option) is not None:
-            name = option.replace("_", "-")
-            raise ValueError(f"--{name} is for plans, and {arguments.recording} is a recording")
+            name = option_name(option)
+            raise ValueError(f"{name} is for plans, and {arguments.recording} is a recording")
     recording = read_recording(arguments)
     _save_recording(recording, arguments, out)
     return {

@@ -88,6 +88,15 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def option_name(name: str) -> str:
+    """An option as it is typed.
+
+    >>> option_name("ep_size")
+    '--ep-size'
+    """
+    return f"--{name.replace('_', '-')}"
+
+
 def parse_integers(text: str) -> list[int]:
     """Integers of 0 or more: "3,61".
 
@@ -95,6 +104,27 @@ def parse_integers(text: str) -> list[int]:
     [3, 61]
     """
     return [whole(part) for part in text.split(",")]
+
+
+def parse_numbers(text: str) -> list[float]:
+    """Numbers of any kind: "1,0.5".
+
+    >>> parse_numbers("1,0.5")
+    [1.0, 0.5]
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers") from None
+
+
+def parse_moves(text: str) -> list[int | None]:
+    """Limits of moves, None for all: "0,8,all".
+
+    >>> parse_moves("0,8,all")
+    [0, 8, None]
+    """
+    return [None if part == "all" else whole(part) for part in text.split(",")]
 
 
 def parse_range(text: str) -> tuple[int, int | None]:

@@ -2,13 +2,13 @@
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 
+from jax_eplb.formats.files import replacing
 from jax_eplb.serving import Request
 
 
@@ -64,6 +64,5 @@ def read_rows(path: Path) -> dict[int, str]:
 
 
 def _replace(path: Path, rows: dict[int, str]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(rows[line] + "\n" for line in sorted(rows)), encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as file:
+        file.writelines(f"{rows[line]}\n".encode() for line in sorted(rows))

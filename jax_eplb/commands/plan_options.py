@@ -4,7 +4,13 @@ import argparse
 import math
 from pathlib import Path
 
-from jax_eplb.commands.inputs import add_recording_options, positive, whole
+from jax_eplb.commands.inputs import (
+    add_recording_options,
+    parse_moves,
+    parse_numbers,
+    positive,
+    whole,
+)
 from jax_eplb.planner.effort import EFFORTS
 
 
@@ -35,7 +41,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-moves",
-        type=_parse_moves,
+        type=parse_moves,
         metavar="M[,M...]",
         help="with --previous: slots of a layer that may change, or all; several print what each "
         "would give, and the last is written",
@@ -70,25 +76,13 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def _parse_moves(text: str) -> list[int | None]:
-    """Limits of moves, for argparse.
-
-    >>> _parse_moves("0,8,all")
-    [0, 8, None]
-    """
-    return [None if part == "all" else whole(part) for part in text.split(",")]
-
-
 def _parse_capacity(text: str) -> list[float]:
     """Speeds above 0, for argparse. The file cannot say that the slots of a rank are empty.
 
     >>> _parse_capacity("1,0.5")
     [1.0, 0.5]
     """
-    try:
-        speeds = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers") from None
+    speeds = parse_numbers(text)
     if not all(0 < speed < math.inf for speed in speeds):
         raise argparse.ArgumentTypeError(
             f"{text!r}: each rank's speed must be above 0; leave a rank that is gone out of P"

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import jax
 from jax.sharding import Mesh
 
+from jax_eplb.commands.inputs import option_name
 from jax_eplb.mesh import simulate_devices
 from jax_eplb.online import BalancerError
 
@@ -31,15 +32,15 @@ def joined(arguments: argparse.Namespace) -> Iterator[None]:
     given = [name for name in _PLACE if getattr(arguments, name) is not None]
     if not arguments.distributed:
         if given:
-            raise ValueError(f"{_option(given[0])} is for several processes: add --distributed")
+            raise ValueError(f"{option_name(given[0])} is for several processes: add --distributed")
         simulate_devices(arguments.ep_size)
         yield
         return
     if given and len(given) < len(_PLACE):
         missing = next(name for name in _PLACE if name not in given)
         raise ValueError(
-            f"{_option(given[0])} needs {_option(missing)}, too; or none of them, under SLURM, "
-            "Open MPI or Kubernetes"
+            f"{option_name(given[0])} needs {option_name(missing)}, too; or none of them, under "
+            "SLURM, Open MPI or Kubernetes"
         )
     if given:
         _simulate_own_part(arguments.ep_size, arguments.num_processes)
@@ -89,7 +90,3 @@ def _simulate_own_part(ep_size: int, num_processes: int) -> None:
             "process has as many devices"
         )
     simulate_devices(ep_size // num_processes)
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

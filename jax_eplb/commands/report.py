@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from jax_eplb.commands.inputs import read_recording
+from jax_eplb.commands.inputs import option_name, read_recording
 from jax_eplb.commands.progress import progress_bars
 from jax_eplb.commands.report_log import print_log
 from jax_eplb.commands.simulate import compare, recorded_ranks
@@ -27,8 +27,8 @@ def run(arguments: argparse.Namespace) -> None:
         if series:
             for option in ("ep_size", "load_balancer", "plot", "html", "per_expert"):
                 if getattr(arguments, option):
-                    name = option.replace("_", "-")
-                    raise ValueError(f"{arguments.recording}: a log, which --{name} cannot use")
+                    name = option_name(option)
+                    raise ValueError(f"{arguments.recording}: a log, which {name} cannot use")
             print_log(series, arguments.json)
             return
     recording = read_recording(arguments)

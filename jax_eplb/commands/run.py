@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from rich.progress import Progress
 
 from jax_eplb.checkpoint import Checkpoints
+from jax_eplb.commands.inputs import option_name
 from jax_eplb.commands.outputs import Outputs, open_outputs, read_rows
 from jax_eplb.commands.processes import check_covered, is_first, joined
 from jax_eplb.commands.progress import progress_bars
@@ -191,7 +192,7 @@ def _balancer(arguments: argparse.Namespace) -> BalancerConfig | None:
     listening = [name for name in others if getattr(arguments, name) is not None]
     for name in (*given, *listening):
         raise ValueError(
-            f"--{name.replace('_', '-')} is for a placement that follows the load; give a "
+            f"{option_name(name)} is for a placement that follows the load; give a "
             "--load-balancer file with layer_updates_per_iter above 0"
         )
     return None

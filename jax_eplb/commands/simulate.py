@@ -26,6 +26,7 @@ from jax_eplb.simulate import (
     simulate,
     threshold,
 )
+from jax_eplb.simulate.recommend import REPLICA_CHOICES
 
 # Policies to compare; the interval and the threshold where the recommendation has none.
 _INTERVAL = 4
@@ -49,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
             num_ranks=num_ranks,
             num_slots=arguments.num_slots,
             policies=_policies(arguments),
-            replica_choices=arguments.replica_choice or ("even", "balanced"),
+            replica_choices=arguments.replica_choice or REPLICA_CHOICES,
             history=arguments.history,
             min_gain=arguments.min_gain,
             effort=arguments.effort,

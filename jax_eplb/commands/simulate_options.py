@@ -3,7 +3,12 @@
 import argparse
 from pathlib import Path
 
-from jax_eplb.commands.inputs import add_recording_options, positive, whole
+from jax_eplb.commands.inputs import (
+    add_recording_options,
+    parse_moves,
+    parse_numbers,
+    positive,
+)
 from jax_eplb.planner import EFFORTS
 
 
@@ -123,7 +128,7 @@ def _parse_limits(text: str) -> list[int | None]:
     >>> _parse_limits("8,all")
     [8, None]
     """
-    limits = [None if part == "all" else whole(part) for part in text.split(",")]
+    limits = parse_moves(text)
     if 0 in limits:
         raise argparse.ArgumentTypeError("0 moves is a static plan, which is always compared")
     return limits
@@ -135,10 +140,7 @@ def _parse_decays(text: str) -> list[float]:
     >>> _parse_decays("0.5,0.95")
     [0.5, 0.95]
     """
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers") from None
+    values = parse_numbers(text)
     if not all(0 < value <= 1 for value in values):
         raise argparse.ArgumentTypeError(f"{text!r}: decays are above 0, and at most 1")
     return values

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jax_eplb.load import Recording
+from jax_eplb.placement import fewest_slots
 from jax_eplb.simulate.costs import Costs
 from jax_eplb.simulate.policy import STATIC, Policy, online
 from jax_eplb.simulate.simulation import Outcome, check_history, simulate, sweep
@@ -69,7 +70,7 @@ def grid(num_experts: int, num_ranks: int, scored: int) -> tuple[list[int], list
     >>> slots, len(policies)
     ([32, 40, 48], 19)
     """
-    fewest = -(-num_experts // num_ranks) * num_ranks
+    fewest = fewest_slots(num_experts, num_ranks)
     most = max(fewest, min(2 * fewest, num_experts * num_ranks))
     slots = [fewest + spare * num_ranks for spare in _SPARE if fewest + spare * num_ranks <= most]
     limits = (max(num_ranks // 2, 1), None)

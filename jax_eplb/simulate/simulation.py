@@ -14,7 +14,7 @@ import numpy as np
 
 from jax_eplb import metrics
 from jax_eplb.load import Recording
-from jax_eplb.placement import Placement, check_sizes
+from jax_eplb.placement import Placement, check_sizes, fewest_slots
 from jax_eplb.planner import lower_bound, plan
 from jax_eplb.report import rank_tokens
 from jax_eplb.simulate.costs import Costs
@@ -182,7 +182,7 @@ def sweep(
     if tokens_per_step is not None:
         choices = choices * (tokens_per_step * recording.experts_per_token / choices.mean())
     for ranks, slots in itertools.product(num_ranks, num_slots):
-        fewest = -(-recording.num_experts // ranks) * ranks
+        fewest = fewest_slots(recording.num_experts, ranks)
         slots = slots or fewest
         check_sizes(recording.num_experts, slots, ranks)
         layout = _initial(recording, fewest, ranks)
