@@ -57,7 +57,7 @@ def finish(started: Iterable[subprocess.Popen[str]], timeout: float = 240) -> li
     return printed
 
 
-def run_together(module: str, processes: int, *arguments, timeout: float = 120) -> list[str]:
+def run_together(module: str, processes: int, *arguments, timeout: float = 300) -> list[str]:
     """Run `module PROCESS PROCESSES PORT *arguments` in each; what each printed."""
     shared = [*map(str, (processes, free_port(), *arguments))]
     commands = (["-m", module, str(process), *shared] for process in range(processes))

@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
+from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals
 
 
 class WrittenItemHandler(ocp.AsyncCheckpointHandler):
-    """Runs the writing in Orbax's thread, once the folder is there."""
+    """Runs the writing in a thread, once the folder is there: the first process makes it."""
 
     async def async_save(self, directory: Any, args: "WrittenItem") -> list[Any]:
-        return [_Writing(args.write, directory)]
+        async def write() -> None:
+            args.write(Path(directory))
+
+        return [CommitFutureAwaitingContractedSignals(write(), name="write_item")]
 
     def save(self, directory: Any, args: "WrittenItem") -> None:
         args.write(Path(directory))
@@ -30,13 +34,3 @@ class WrittenItem(ocp.args.CheckpointArgs):
     """`write` fills the folder that it is given. It runs in another thread, on every process."""
 
     write: Callable[[Path], None]
-
-
-class _Writing:
-    """What Orbax waits for."""
-
-    def __init__(self, write: Callable[[Path], None], directory: Any):
-        self._write, self._directory = write, directory
-
-    def result(self, timeout: float | None = None) -> None:
-        self._write(Path(self._directory))
