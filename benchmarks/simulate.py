@@ -10,11 +10,12 @@ Sections, all of them unless --only names some:
 
 Arrays of a file with three axes are recordings, counts [windows, layers, experts]. One whose name
 begins with that of a preset of configs/simulate/models/ has that model's costs, on H200s; others
-have the defaults.
+have the defaults, and a token of theirs is one choice unless --experts-per-token says more.
 """
 
 import argparse
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +46,27 @@ SECTIONS = ("held-out", "speed", "costs")
 _WIDTH = 200  # where no terminal says how wide a table may be
 
 
-def read(paths: list[str]) -> tuple[list[Recording], list[str]]:
-    """The recordings of some files, and notes on what was left out."""
+def read(
+    paths: list[str], experts_per_token: Mapping[str, int]
+) -> tuple[list[Recording], list[str]]:
+    """The recordings of some files, and notes on what was left out.
+
+    `experts_per_token` is by the beginning of a name, for those without a preset.
+    """
     found, notes = read_recordings(paths, least_windows=1, any_experts=True)
     recordings = []
     for each in found:
         preset = _preset_of(each.name)
+        if preset is None:
+            given = (k for name, k in experts_per_token.items() if each.name.startswith(name))
+            choices = next(given, 1)
+        else:
+            choices = read_model(preset).experts_per_token
         recordings.append(
             Recording(
                 each.windows.astype(np.int64),
                 num_experts=each.num_experts,
-                experts_per_token=1 if preset is None else read_model(preset).experts_per_token,
+                experts_per_token=choices,
                 source=each.name,
             )
         )
@@ -181,14 +192,13 @@ def _costs_of(recording: Recording) -> Costs:
     return costs_of(read_model(preset), read_device(_CONFIGS / "devices" / "h200.yaml"))
 
 
-def _parse_ranks(text: str) -> dict[int, int]:
-    """Ranks by the number of experts.
-
-    >>> _parse_ranks("32:8,128:16")
-    {32: 8, 128: 16}
+def _parse_pairs(text: str) -> dict[str, int]:
     """
-    pairs = (part.split(":") for part in text.split(","))
-    return {int(experts): int(ranks) for experts, ranks in pairs}
+    >>> _parse_pairs("32:8,128:16")
+    {'32': 8, '128': 16}
+    """
+    pairs = (part.rsplit(":", 1) for part in text.split(","))
+    return {name: int(number) for name, number in pairs}
 
 
 def main() -> None:
@@ -196,7 +206,14 @@ def main() -> None:
     parser.add_argument("--recordings", nargs="+", default=[], metavar="FILE.npz")
     parser.add_argument("--only", default=",".join(SECTIONS), metavar="SECTION,...")
     parser.add_argument(
-        "--ranks", type=_parse_ranks, default={128: 16}, metavar="E:P,...", help="others: 8"
+        "--ranks", type=_parse_pairs, default={"128": 16}, metavar="E:P,...", help="others: 8"
+    )
+    parser.add_argument(
+        "--experts-per-token",
+        type=_parse_pairs,
+        default={},
+        metavar="NAME:K,...",
+        help="of recordings whose names begin so, where there is no preset",
     )
     parser.add_argument(
         "--tokens-per-iteration",
@@ -216,7 +233,7 @@ def main() -> None:
         simulate_devices(RANKS)
     about = machine.describe() | {"load_average_at_start": machine.load_average()}
     try:
-        recordings, notes = read(arguments.recordings)
+        recordings, notes = read(arguments.recordings, arguments.experts_per_token)
     except RecordingError as error:
         parser.error(str(error))
     console = Console(width=None if Console().is_terminal else _WIDTH)
@@ -224,7 +241,8 @@ def main() -> None:
         if name == "costs":
             table = step_times()
         else:
-            given = recordings, arguments.ranks
+            ranks = {int(experts): number for experts, number in arguments.ranks.items()}
+            given = recordings, ranks
             tokens = arguments.tokens_per_iteration
             table = held_out(*given, tokens) if name == "held-out" else speed(*given)
         if arguments.markdown:

@@ -80,6 +80,11 @@ def _add_report(commands) -> None:
         "--load-balancer", metavar="FILE", help="predict what this plan would have given"
     )
     parser.add_argument(
+        "--split",
+        choices=("even", "balanced"),
+        help="how its replicas divide an expert's tokens (default: even)",
+    )
+    parser.add_argument(
         "--per-expert", action="store_true", help="over experts (or slots) instead of ranks"
     )
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write heat maps there")

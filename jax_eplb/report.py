@@ -2,7 +2,8 @@
 
 Axes: W windows (iterations), L layers, E experts, S slots, P ranks.
 
-All on the host, in float64: a recording may hold more tokens than float32 counts one by one.
+On the host, in float64, where a recording may hold more tokens than float32 counts one by one;
+but for the balanced split, which no division into whole tokens follows so closely.
 """
 
 import dataclasses
@@ -13,26 +14,34 @@ import numpy as np
 from jax_eplb import metrics
 from jax_eplb.load import Recording
 from jax_eplb.placement import Placement
+from jax_eplb.split import balanced_split
 
 # Draws of `chance_imbalance`, each a few microseconds per rank: enough for the fourth digit, and
 # shared among the iterations where there are many of different size.
 _CHANCE_DRAWS = 12_800
 
 Over = Literal["ranks", "experts", "slots"]
+Split = Literal["even", "balanced"]
 
 
 def rank_tokens(
-    recording: Recording, *, num_ranks: int | None = None, placement: Placement | None = None
+    recording: Recording,
+    *,
+    num_ranks: int | None = None,
+    placement: Placement | None = None,
+    split: Split = "even",
 ) -> np.ndarray:
     """Choices computed by each rank, float64[W, L, P].
 
     With a `placement`, what it would have given on these counts: each expert's tokens dealt evenly
-    over its replicas. Otherwise what was recorded, where that is known for `num_ranks` ranks;
-    otherwise the default layout in the fewest slots. Counts by slot whose placement is not known
-    are added up by consecutive blocks of slots, the ranks of every engine.
+    over its replicas, or with the split "balanced" so that the fullest rank is as light as can be
+    in each iteration, as with the layer's replica choice of that name. Otherwise what was recorded,
+    where that is known for `num_ranks` ranks; otherwise the default layout in the fewest slots.
+    Counts by slot whose placement is not known are added up by consecutive blocks of slots, the
+    ranks of every engine.
 
     Raises ValueError where the placement is for other layers, experts or ranks, or where neither
-    the recording nor `num_ranks` says how many ranks there are.
+    the recording nor `num_ranks` says how many ranks there are, or for another split.
 
     >>> recording = Recording(np.array([[[6, 1, 2]]]), num_experts=3, experts_per_token=1)
     >>> rank_tokens(recording, num_ranks=3).tolist()
@@ -41,7 +50,7 @@ def rank_tokens(
     >>> rank_tokens(recording, placement=placement).tolist()
     [[[4.0, 5.0]]]
     """
-    return _rank_tokens(recording, num_ranks, placement)[0]
+    return _rank_tokens(recording, num_ranks, placement, split)[0]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,6 +123,7 @@ def build_report(
     *,
     num_ranks: int | None = None,
     placement: Placement | None = None,
+    split: Split = "even",
     per_expert: bool = False,
 ) -> Report:
     """The report of a recording, measured or predicted as in `rank_tokens`.
@@ -122,9 +132,9 @@ def build_report(
     the recording counts slots, or where a `placement` is given: its replicas then count apart.
     """
     if per_expert:
-        tokens, basis, over = _column_tokens(recording, num_ranks, placement)
+        tokens, basis, over = _column_tokens(recording, num_ranks, placement, split)
     else:
-        tokens, basis = _rank_tokens(recording, num_ranks, placement)
+        tokens, basis = _rank_tokens(recording, num_ranks, placement, split)
         over: Over = "ranks"
     routed = recording.counts.sum(axis=-1)  # [W, L]
     seen = routed.any(axis=1)
@@ -156,17 +166,19 @@ def chance_by_layer(recording: Recording, num_ranks: int) -> np.ndarray:
 
 
 def _rank_tokens(
-    recording: Recording, num_ranks: int | None, placement: Placement | None
+    recording: Recording, num_ranks: int | None, placement: Placement | None, split: Split
 ) -> tuple[np.ndarray, str]:
     """float64[W, L, P], and in words where the counts come from."""
+    if split not in ("even", "balanced"):
+        raise ValueError(f"split is {split!r}; expected 'even' or 'balanced'")
     if placement is not None:
-        tokens = _predict_slots(recording, placement)
+        tokens = _predict_slots(recording, placement, split)
         if num_ranks not in (None, placement.num_ranks):
             raise ValueError(
                 f"the placement is for {placement.num_ranks} ranks, but {num_ranks} were asked "
                 f"for (--ep-size); leave it out, or plan again for {num_ranks} ranks"
             )
-        return _sum_blocks(tokens, placement.num_ranks), "predicted"
+        return _sum_blocks(tokens, placement.num_ranks), _predicted(split)
     measured = recording.rank_tokens
     if measured is not None and num_ranks in (None, measured.shape[-1]):
         return measured.astype(np.float64), "measured"
@@ -191,19 +203,24 @@ def _rank_tokens(
 
 
 def _column_tokens(
-    recording: Recording, num_ranks: int | None, placement: Placement | None
+    recording: Recording, num_ranks: int | None, placement: Placement | None, split: Split
 ) -> tuple[np.ndarray, str, Over]:
     """float64[W, L, E] or float64[W, L, S], whence it comes, and which of the two it is."""
     if placement is None:
         return recording.counts.astype(np.float64), "measured", recording.unit
-    _rank_tokens(recording, num_ranks, placement)  # for its checks
-    return _predict_slots(recording, placement), "predicted", "slots"
+    _rank_tokens(recording, num_ranks, placement, "even")  # for its checks
+    return _predict_slots(recording, placement, split), _predicted(split), "slots"
 
 
-def _predict_slots(recording: Recording, placement: Placement) -> np.ndarray:
-    """Tokens of each slot, float64[W, L, S], each expert's dealt evenly over its replicas.
+def _predicted(split: Split) -> str:
+    return "predicted" if split == "even" else f"predicted, {split} split"
 
-    `split.even_split` on the host: that one is float32, which from 2**24 tokens on rounds.
+
+def _predict_slots(recording: Recording, placement: Placement, split: Split = "even") -> np.ndarray:
+    """Tokens of each slot, float64[W, L, S].
+
+    The even split is `split.even_split` on the host: that one is float32, which from 2**24 tokens
+    on rounds.
     """
     if placement.num_experts != recording.num_experts:
         raise ValueError(
@@ -218,6 +235,9 @@ def _predict_slots(recording: Recording, placement: Placement) -> np.ndarray:
         )
     counts = recording.expert_counts()
     slot_to_expert = np.asarray(placement.slot_to_expert)
+    if split == "balanced":
+        sizes = placement.num_experts, placement.num_ranks
+        return np.asarray(balanced_split(counts, slot_to_expert, *sizes), np.float64)
     tokens = np.empty((*counts.shape[:2], placement.num_slots))
     for layer, row in enumerate(slot_to_expert):
         share = counts[:, layer] / np.bincount(row, minlength=placement.num_experts)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from jax_eplb.load import Recording
 from jax_eplb.placement import Placement
 from jax_eplb.plot import experts_by_slot, recording_figures
-from jax_eplb.report import build_report
+from jax_eplb.report import Split, build_report
 from jax_eplb.simulate import Advice, Outcome
 from jax_eplb.simulate.plot import advice_figures
 
@@ -67,23 +67,25 @@ def report_page(
     *,
     num_ranks: int | None = None,
     placement: Placement | None = None,
+    split: Split = "even",
     advice: Advice | str,
     compared: Sequence[Outcome] = (),
 ) -> str:
     """The page of a recording: what to do, the tables, the plan if there is one, the pictures.
 
-    `advice`: what the simulator recommends, with the policies `compared` beside it; or, in a
-    sentence, why it could not. Raises ValueError as `report.rank_tokens` does.
+    `split`: how the plan's replicas would divide an expert's tokens. `advice`: what the simulator
+    recommends, with the policies `compared` beside it; or, in a sentence, why it could not. Raises
+    ValueError as `report.rank_tokens` does.
     """
     if placement is not None:
         num_ranks = placement.num_ranks
     title = f"Load of {recording.num_experts} experts: {Path(recording.source).name}"
     parts = [f"<h1>{escape(title)}</h1>"]
     parts += _answer(advice, compared)
-    parts += _balance(recording, num_ranks, placement)
+    parts += _balance(recording, num_ranks, placement, split)
     if placement is not None:
         parts += _plan(recording, placement)
-    figures = recording_figures(recording, num_ranks=num_ranks, placement=placement)
+    figures = recording_figures(recording, num_ranks=num_ranks, placement=placement, split=split)
     parts += ["<h2>Pictures</h2>", *_pictures(figures)]
     if not isinstance(advice, str):
         parts += ["<h2>The simulation</h2>", *_pictures(advice_figures(advice, compared))]
@@ -128,13 +130,15 @@ def _answer(advice: Advice | str, compared: Sequence[Outcome]) -> list[str]:
     return [*parts, _table(head, rows, caption), costs]
 
 
-def _balance(recording: Recording, num_ranks: int | None, placement: Placement | None) -> list[str]:
+def _balance(
+    recording: Recording, num_ranks: int | None, placement: Placement | None, split: Split
+) -> list[str]:
     """One table: what was, and beside it what the plan would have given."""
     reports = {"": build_report(recording, num_ranks=num_ranks)}
     if placement is not None:
         reports = {
             "before": reports[""],
-            "planned": build_report(recording, placement=placement),
+            "planned": build_report(recording, placement=placement, split=split),
         }
     first = next(iter(reports.values()))
     layers = [str(layer) for layer in first.layer_ids]

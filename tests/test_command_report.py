@@ -85,6 +85,26 @@ def test_a_load_balancer_predicts_what_numpy_recounts(capsys, recorded, balancer
     assert_same(json.loads(out), recount(by_plan(skewed_counts())))
 
 
+def test_replicas_that_divide_by_load_leave_less(capsys, tmp_path, recorded):
+    rows = {}
+    for position, layer in enumerate(LAYERS):  # the four hottest are on two ranks each
+        order = np.argsort(-skewed_counts()[:, position].sum(axis=0)).tolist()
+        ranks = ((order[r], order[4 + r], order[8 + r], order[(r + 1) % 4]) for r in range(4))
+        rows[layer] = [expert for rank in ranks for expert in rank]
+    config = {"num_slots": 16, "initial_global_assignments": rows}
+    (tmp_path / "doubled.yaml").write_text(yaml.safe_dump(config))
+    plan = ["report", recorded, "--ep-size", 4, "--load-balancer", tmp_path / "doubled.yaml"]
+    even = json.loads(succeed(capsys, *plan, "--json"))
+    divided = json.loads(succeed(capsys, *plan, "--split", "balanced", "--json"))
+    assert divided["basis"] == "predicted, balanced split"
+    assert divided["average"]["mean"] == pytest.approx(even["average"]["mean"])
+    assert divided["average"]["imbalance"] < 0.9 * even["average"]["imbalance"]
+    page = ["--html", tmp_path / "page.html", "--iter-stop", 12]  # too few to simulate
+    average = succeed(capsys, *plan, "--split", "balanced", *page).splitlines()[-3]
+    assert average.startswith("average")
+    assert average.split()[-1] in (tmp_path / "page.html").read_text()
+
+
 def test_a_directory_of_two_ranks_is_the_sum_of_both(capsys, tmp_path, recorded, balancer):
     directory = write_statistics(tmp_path / "statistics", skewed_counts())
     plan = ["--ep-size", 4, "--load-balancer", balancer, "--json"]
@@ -135,7 +155,7 @@ def test_html_has_what_the_simulator_recommends(capsys, monkeypatch, tmp_path, r
     succeed(capsys, "report", recorded, *arguments)
     assert given == [4]
     told = json.loads((tmp_path / "page.html").read_text())
-    assert set(told) == {"advice", "compared", "num_ranks", "placement"}
+    assert set(told) == {"advice", "compared", "num_ranks", "placement", "split"}
 
 
 def test_counts_by_slot_are_read_with_the_balancer_that_was_active(capsys, tmp_path):
@@ -155,6 +175,7 @@ def test_counts_by_slot_are_read_with_the_balancer_that_was_active(capsys, tmp_p
         (["--ep-size", 4, "--iter-start", 20], "no iteration is left; it holds iterations 10 to 1"),
         (["--ep-size", 4, "--min-tokens", 10**9], "no iteration is left"),
         (["--load-balancer", "plan.yaml"], "--load-balancer needs --ep-size"),
+        (["--ep-size", 4, "--split", "balanced"], "--split needs --load-balancer"),
         (["--ep-size", 4, "--load-balancer", "none.yaml"], "none.yaml: no such file"),
         (["--ep-size", 3, "--load-balancer", "plan.yaml"], "16 slots cannot be divided among 3"),
         (["--active-load-balancer", "plan.yaml"], "needs --recorded-ep-size"),

@@ -45,6 +45,25 @@ def test_prediction_equals_a_recount_slot_by_slot(values):
     np.testing.assert_allclose(predicted, recount(values, SLOTS, 3), rtol=1e-15)
 
 
+def test_the_balanced_split_fills_the_fullest_rank_as_little_as_can_be():
+    values = np.random.default_rng(0).integers(0, 1000, (3, 2, 4))
+    tokens = rank_tokens(recording(values), placement=placement(), split="balanced")
+    np.testing.assert_allclose(tokens.sum(axis=2), values.sum(axis=2), rtol=1e-6)
+    for layer, row in enumerate(SLOTS):
+        homes = [{slot // 2 for slot in range(6) if row[slot] == expert} for expert in range(4)]
+        # Experts with no replica outside of some ranks cannot leave these (Hall, 1935).
+        groups = [{0}, {1}, {2}, {0, 1}, {0, 2}, {1, 2}, {0, 1, 2}]
+        for window in range(3):
+            inside = (
+                sum(values[window, layer, e] for e in range(4) if homes[e] <= group) / len(group)
+                for group in groups
+            )
+            assert tokens[window, layer].max() == pytest.approx(max(inside), rel=2e-3)
+    report = build_report(recording(values), placement=placement(), split="balanced")
+    assert report.basis == "predicted, balanced split"
+    np.testing.assert_allclose(report.summary.imbalance, metrics.summarize(tokens).imbalance)
+
+
 def test_whole_numbers_above_float32_are_kept():
     values = np.full((1, 2, 4), 2**24 + 1)
     assert rank_tokens(recording(values), num_ranks=4).tolist() == values.tolist()
@@ -124,6 +143,7 @@ def test_slot_counts_without_a_placement_cannot_be_predicted_from():
             r"for 3 experts, run\.npz has 4; give a placement planned for this model",
         ),
         ({"placement": placement(), "num_ranks": 2}, r"for 3 ranks, but 2 .*--ep-size"),
+        ({"num_ranks": 4, "split": "local"}, "split is 'local'; expected 'even' or 'balanced'"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, message):

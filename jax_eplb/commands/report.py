@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from jax_eplb.commands.inputs import option_name, read_recording
 from jax_eplb.commands.progress import progress_bars
@@ -13,7 +14,7 @@ from jax_eplb.formats import Kind, kind_of, load_balancedness, load_placement
 from jax_eplb.load import Recording
 from jax_eplb.placement import Placement
 from jax_eplb.plot import recording_figures, save_figures
-from jax_eplb.report import build_report
+from jax_eplb.report import Split, build_report
 from jax_eplb.report_page import report_page
 from jax_eplb.simulate import recommend
 
@@ -25,7 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
     if kind_of(Path(arguments.recording)) is Kind.UNKNOWN:
         series = load_balancedness(arguments.recording)
         if series:
-            for option in ("ep_size", "load_balancer", "plot", "html", "per_expert"):
+            for option in ("ep_size", "load_balancer", "split", "plot", "html", "per_expert"):
                 if getattr(arguments, option):
                     name = option_name(option)
                     raise ValueError(f"{arguments.recording}: a log, which {name} cannot use")
@@ -33,6 +34,9 @@ def run(arguments: argparse.Namespace) -> None:
             return
     recording = read_recording(arguments)
     placement = None
+    if arguments.split is not None and arguments.load_balancer is None:
+        raise ValueError("--split needs --load-balancer, the plan that it is for")
+    split = arguments.split or "even"
     if arguments.load_balancer is not None:
         num_ranks = arguments.ep_size
         if num_ranks is None:
@@ -48,14 +52,16 @@ def run(arguments: argparse.Namespace) -> None:
         recording,
         num_ranks=arguments.ep_size,
         placement=placement,
+        split=split,
         per_expert=arguments.per_expert,
     )
     files = []
     if arguments.plot is not None:
-        figures = recording_figures(recording, num_ranks=arguments.ep_size, placement=placement)
+        sizes = {"num_ranks": arguments.ep_size, "placement": placement}
+        figures = recording_figures(recording, **sizes, split=split)
         files += save_figures(arguments.plot, figures)
     if arguments.html is not None:
-        page = _page(recording, arguments.ep_size, placement)
+        page = _page(recording, arguments.ep_size, placement, split)
         arguments.html.parent.mkdir(parents=True, exist_ok=True)
         arguments.html.write_text(page, encoding="utf-8")
         files.append(arguments.html)
@@ -67,8 +73,10 @@ def run(arguments: argparse.Namespace) -> None:
         print(file)
 
 
-def _page(recording: Recording, num_ranks: int | None, placement: Placement | None) -> str:
-    sizes = {"num_ranks": num_ranks, "placement": placement}
+def _page(
+    recording: Recording, num_ranks: int | None, placement: Placement | None, split: Split
+) -> str:
+    sizes: dict[str, Any] = {"num_ranks": num_ranks, "placement": placement, "split": split}
     found = len(recording.iterations)
     if found < _LEAST_ITERATIONS:
         why = (

@@ -6,7 +6,7 @@ from jax_eplb.load import Recording
 from jax_eplb.placement import Placement
 from jax_eplb.plot.heat_maps import tokens_by_iteration, tokens_by_layer
 from jax_eplb.plot.imbalance import before_after, tokens_per_rank
-from jax_eplb.report import chance_by_layer, rank_tokens
+from jax_eplb.report import Split, chance_by_layer, rank_tokens
 
 
 def recording_figures(
@@ -14,6 +14,7 @@ def recording_figures(
     *,
     num_ranks: int | None = None,
     placement: Placement | None = None,
+    split: Split = "even",
 ) -> dict[str, Figure]:
     """A recording's pictures by name.
 
@@ -22,13 +23,14 @@ def recording_figures(
     averaged over the iterations; `tokens_per_rank`: the most imbalanced layer. All of them show
     what was measured, or the default layout (see `report.rank_tokens`). With a `placement`, which
     may be for another number of ranks than was measured, they show what there was before on as
-    many ranks; `tokens_per_rank` has both, and `before_after` is added.
+    many ranks; `tokens_per_rank` has both, and `before_after` is added. `split`: how each expert's
+    tokens are then divided.
 
     Raises ValueError as `report.rank_tokens` does.
     """
     after = None
     if placement is not None:
-        after = rank_tokens(recording, num_ranks=num_ranks, placement=placement)
+        after = rank_tokens(recording, num_ranks=num_ranks, placement=placement, split=split)
         num_ranks = placement.num_ranks
     before = rank_tokens(recording, num_ranks=num_ranks)
     ids = recording.layer_ids
