@@ -18,6 +18,7 @@ QUICK = (
     "--replica-choice=even",
     "--intervals=1",
     "--decays=0.5",
+    "--max-moves=all",
     "--history=3",
 )
 CHEAP = ("--bytes-per-expert=1", "--tokens-per-second=1e6", "--attention-share=0")

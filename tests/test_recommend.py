@@ -5,7 +5,12 @@ import pytest
 
 from jax_eplb import Recording
 from jax_eplb.simulate import STATIC, Costs, every, online, recommend
-from jax_eplb.simulate.recommend import choose, divide_window, grid
+from jax_eplb.simulate.recommend import (
+    choose,
+    divide_window,
+    policies_to_try,
+    slots_to_try,
+)
 from jax_eplb.simulate.simulation import Outcome
 from tests.simulation_cases import (
     HISTORY,
@@ -23,7 +28,9 @@ QUICK = {
     "num_ranks": NUM_RANKS,
     "num_slots": [NUM_SLOTS],
     "replica_choices": ["even"],
-    "policies": [STATIC, online(0.5), online(0.5, 2)],
+    "intervals": [1],
+    "decays": [0.5],
+    "max_moves": [None, 2],
     "history": HISTORY,
 }
 # Moves for next to nothing, and no reading of weights.
@@ -81,7 +88,7 @@ def test_a_gain_within_its_error_is_no_gain():
     counts = np.full((12, 2, 6), 100)
     counts[7] = [600, 0, 0, 0, 0, 0]
     recording = Recording(counts, num_experts=6, experts_per_token=2)
-    advice = recommend(recording, costs=CHEAP, min_gain=0.0, **{**QUICK, "policies": [STATIC]})
+    advice = recommend(recording, costs=CHEAP, min_gain=0.0, **{**QUICK, "intervals": []})
     assert advice.chosen.gain <= 2 * advice.chosen.gain_error
     assert not advice.recommendation.balance
     assert "may be chance" in advice.recommendation.reason
@@ -95,7 +102,7 @@ def test_one_window_is_divided_and_says_nothing_of_time():
     np.testing.assert_array_equal(parts.sum(axis=0), counts[0])
     np.testing.assert_allclose(parts, np.broadcast_to(counts / 4, parts.shape), atol=150)
     np.testing.assert_array_equal(parts, divide_window(recording, 4).counts)
-    made = recommend(recording, costs=CHEAP, **{**QUICK, "policies": [STATIC]}).recommendation
+    made = recommend(recording, costs=CHEAP, **{**QUICK, "intervals": []}).recommendation
     assert made.replan_every is None
     assert made.reason.endswith(
         "The recording is one window, so it says nothing of change over time."
@@ -104,7 +111,7 @@ def test_one_window_is_divided_and_says_nothing_of_time():
 
 def test_few_windows_give_no_error_and_say_so():
     recording = changing_recording().keep(range(5))
-    made = recommend(recording, costs=CHEAP, **{**QUICK, "policies": [STATIC]}).recommendation
+    made = recommend(recording, costs=CHEAP, **{**QUICK, "intervals": []}).recommendation
     assert made.gain_error is None
     assert "Only 2 of the windows could be scored" in made.reason
 
@@ -124,10 +131,18 @@ def test_nothing_gained_is_still_the_best_of_what_there_is():
     assert choose([outcome(-0.2, 8), outcome(-0.1, 10)]).num_slots == 10
 
 
-def test_the_grid_fits_the_model_and_the_recording():
-    slots, policies = grid(8, 8, scored=3)
-    assert slots == [8, 16]
-    assert policies == [STATIC, *(online(d, m) for d in (0.5, 0.8, 0.95) for m in (4, None))]
-    slots, policies = grid(6, 4, scored=1)
-    assert slots == [8, 12, 16]
-    assert policies == [STATIC]
+def test_what_is_tried_fits_the_model_and_the_recording():
+    assert slots_to_try(8, 8) == [8, 16]
+    assert slots_to_try(6, 4) == [8, 12, 16]
+    following = [online(decay, moves) for decay in (0.5, 0.8, 0.95) for moves in (4, None)]
+    assert policies_to_try(8, scored=3) == [STATIC, *following]
+    assert policies_to_try(4, scored=1) == [STATIC]
+
+
+def test_what_is_given_is_tried_with_the_defaults_of_the_rest():
+    slow = policies_to_try(8, scored=3, intervals=[16])
+    assert slow == [STATIC, *(online(d, m, 16) for d in (0.5, 0.8, 0.95) for m in (4, None))]
+    assert policies_to_try(8, 12, decays=[0.9], max_moves=[3]) == [
+        STATIC,
+        *(online(0.9, 3, interval) for interval in (1, 4)),
+    ]

@@ -16,7 +16,6 @@ from jax_eplb.simulate import (
     Advice,
     Costs,
     Outcome,
-    Policy,
     costs_of,
     every,
     online,
@@ -49,7 +48,9 @@ def run(arguments: argparse.Namespace) -> None:
             recording,
             num_ranks=num_ranks,
             num_slots=arguments.num_slots,
-            policies=_policies(arguments),
+            intervals=arguments.intervals,
+            decays=arguments.decays,
+            max_moves=arguments.max_moves,
             replica_choices=arguments.replica_choice or REPLICA_CHOICES,
             history=arguments.history,
             min_gain=arguments.min_gain,
@@ -107,21 +108,6 @@ def _costs(arguments: argparse.Namespace) -> Costs:
     names = (field.name for field in dataclasses.fields(Costs))
     given = {name: getattr(arguments, name) for name in names}
     return dataclasses.replace(costs, **{k: v for k, v in given.items() if v is not None})
-
-
-def _policies(arguments: argparse.Namespace) -> list[Policy] | None:
-    """All that the options combine to; None where they say nothing."""
-    given = arguments.intervals, arguments.decays, arguments.max_moves
-    if given == (None, None, None):
-        return None
-    intervals, decays, limits = arguments.intervals or [1, 4], arguments.decays, given[2]
-    following = [
-        online(decay, limit, interval)
-        for interval in intervals
-        for decay in decays or [0.8]
-        for limit in limits or [None]
-    ]
-    return [STATIC, *following]
 
 
 def compare(advice: Advice, **options: Any) -> list[Outcome]:

@@ -49,7 +49,7 @@ def _add_sweep_options(group) -> None:
         "--decays",
         type=_parse_decays,
         metavar="X[,X...]",
-        help="what a window counts less with each that follows",
+        help="what a window counts less with each that follows; default: 0.5, 0.8, 0.95",
     )
     group.add_argument(
         "--max-moves",

@@ -4,6 +4,7 @@ Axes: W windows, L layers, E experts, P ranks.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -63,23 +64,37 @@ class Advice:
     history: int
 
 
-def grid(num_experts: int, num_ranks: int, scored: int) -> tuple[list[int], list[Policy]]:
-    """Numbers of slots and policies to sweep over, for so many scored windows.
+def slots_to_try(num_experts: int, num_ranks: int) -> list[int]:
+    """The fewest slots, and a spare one or two for each rank.
 
-    >>> slots, policies = grid(32, 8, scored=100)
-    >>> slots, len(policies)
-    ([32, 40, 48], 19)
+    >>> slots_to_try(32, 8)
+    [32, 40, 48]
     """
     fewest = fewest_slots(num_experts, num_ranks)
     most = max(fewest, min(2 * fewest, num_experts * num_ranks))
-    slots = [fewest + spare * num_ranks for spare in _SPARE if fewest + spare * num_ranks <= most]
-    limits = (max(num_ranks // 2, 1), None)
-    policies = [STATIC]
-    for interval in _INTERVALS:
+    sizes = (fewest + spare * num_ranks for spare in _SPARE)
+    return [size for size in sizes if size <= most]
+
+
+def policies_to_try(
+    num_ranks: int,
+    scored: int,
+    intervals: Sequence[int] | None = None,
+    decays: Sequence[float] | None = None,
+    max_moves: Sequence[int | None] | None = None,
+) -> list[Policy]:
+    """A static one, and all that these combine to; by default what so many windows can tell apart.
+
+    >>> len(policies_to_try(8, scored=100)), len(policies_to_try(8, 100, decays=[0.9]))
+    (19, 7)
+    """
+    if intervals is None:
         # One that plans less than twice is not told from a static one.
-        if 2 * interval < scored:
-            policies += [online(decay, moves, interval) for decay in _DECAYS for moves in limits]
-    return slots, policies
+        intervals = [interval for interval in _INTERVALS if 2 * interval < scored]
+    decays = _DECAYS if decays is None else decays
+    limits = (max(num_ranks // 2, 1), None) if max_moves is None else max_moves
+    following = itertools.product(decays, limits, intervals)
+    return [STATIC, *itertools.starmap(online, following)]
 
 
 def recommend(
@@ -88,7 +103,9 @@ def recommend(
     num_ranks: int,
     replica_choices: Sequence[str] = REPLICA_CHOICES,
     num_slots: Sequence[int] | None = None,
-    policies: Sequence[Policy] | None = None,
+    intervals: Sequence[int] | None = None,
+    decays: Sequence[float] | None = None,
+    max_moves: Sequence[int | None] | None = None,
     history: int | None = None,
     costs: Costs | None = None,
     steps_per_window: int = 1,
@@ -96,9 +113,10 @@ def recommend(
     min_gain: float = _MIN_GAIN,
     effort: str = "fast",
 ) -> Advice:
-    """Sweep over `grid`, or the slots and policies given; replay the best as it would be served.
+    """Sweep over slots, replica choices and policies; replay the best as it would be served.
 
-    At its size, a static plan is replayed, too.
+    At its size, a static plan is replayed, too. What is not given is tried as `slots_to_try` and
+    `policies_to_try` say; `intervals` are in windows, None among `max_moves` is no limit.
 
     A recording of one window holds no time: its tokens are divided at random into eight, and what
     changes with time cannot be seen. `min_gain`: a smaller gain is not worth it, for what the model
@@ -111,7 +129,7 @@ def recommend(
         note = " The recording is one window, so it says nothing of change over time."
     counts = recording.expert_counts()
     history = check_history(counts, history)
-    slots, default = grid(recording.num_experts, num_ranks, len(counts) - history)
+    policies = policies_to_try(num_ranks, len(counts) - history, intervals, decays, max_moves)
     options: dict[str, Any] = {
         "history": history,
         "costs": costs,
@@ -121,9 +139,9 @@ def recommend(
     outcomes = list(
         sweep(
             recording,
-            policies or default,
+            policies,
             num_ranks=[num_ranks],
-            num_slots=num_slots or slots,
+            num_slots=num_slots or slots_to_try(recording.num_experts, num_ranks),
             replica_choices=replica_choices,
             **options,
         )
