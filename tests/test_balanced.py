@@ -66,6 +66,7 @@ def assert_valid(slots, num_experts=E, num_ranks=P, capacity=None):
                 assert len(set(held.tolist())) == len(held)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_the_search_lowers_its_objective_and_leaves_valid_tables(seed):
     scenarios = scenarios_of(seed)
@@ -77,12 +78,14 @@ def test_the_search_lowers_its_objective_and_leaves_valid_tables(seed):
     assert after.mean() - 1 < 0.7 * (before.mean() - 1)
 
 
+@pytest.mark.slow
 def test_the_search_is_deterministic():
     scenarios = scenarios_of(0)
     first, second = (searched(start_of(scenarios), scenarios) for _ in range(2))
     np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.slow
 def test_no_round_changes_nothing():
     scenarios = scenarios_of(1)
     slots = searched(start_of(scenarios), scenarios, rounds=0)

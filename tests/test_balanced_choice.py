@@ -90,6 +90,7 @@ def test_tokens_stay_where_they_are_as_far_as_the_quotas_go(batch):
         assert found[np.ix_(ranks, near)].sum() == min(tokens, quota[near].sum())
 
 
+@pytest.mark.slow
 def test_small_batches_are_as_level_as_any_division_in_whole_tokens():
     worse = 0
     for seed in range(30):
@@ -132,6 +133,7 @@ def test_ranks_get_tokens_in_proportion_to_their_speeds_as_far_as_replicas_allow
         np.testing.assert_allclose(rank_loads(found, batch), expected, atol=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[4]])  # without nodes, and with them
 def test_the_kernel_and_plain_jax_agree_to_the_token(shape):
     for seed in range(4):
@@ -155,12 +157,14 @@ def in_shard_map(batch: Batch):
     return jax.jit(jax.shard_map(own, mesh=expert_mesh(batch.ranks.num_ranks), **specs))
 
 
+@pytest.mark.slow
 def test_in_a_shard_map_each_rank_reads_off_its_own_share():
     batch = draw_batch((7, 12, 6, 3), 1)
     found = in_shard_map(batch)(batch.counts, batch.tables)
     np.testing.assert_array_equal(found, divided(batch))
 
 
+@pytest.mark.slow
 # JAX 0.12 says that it will drop this backend one day; until then it is what lowers these kernels.
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 def test_on_a_gpu_it_is_one_kernel():

@@ -28,7 +28,7 @@ from jax_eplb.online import worker as working
 from jax_eplb.serving import Engine, ServingConfig
 from tests.tiny_model import CONFIG, counted_compilations, random_requests, tiny_decoder
 
-pytestmark = pytest.mark.light_compile
+pytestmark = [pytest.mark.light_compile, pytest.mark.slow]
 
 # Three prompts' steps and many of one token.
 REQUESTS = random_requests([(5, 20), (9, 18), (16, 22), (3, 24)] * 8)
@@ -55,6 +55,7 @@ def bare_engine():
 
 def engine(config=ONE, listeners=(), gather=None):
     """An engine on the default placement, with a balancer that is ready."""
+    unbalanced()  # on the same engine, so before it has a balancer
     made = bare_engine()
     made.balancer = None
     made.use_placement(placement())
@@ -69,10 +70,7 @@ def outputs(engine, requests=REQUESTS, **keywords):
 
 @functools.cache
 def unbalanced():
-    made = bare_engine()
-    made.balancer = None
-    made.use_placement(placement())
-    return outputs(made)
+    return outputs(bare_engine())
 
 
 def table_of(engine):
@@ -407,6 +405,7 @@ def test_the_engine_measures_what_a_horizon_needs():
 
 
 def test_a_balancer_that_was_not_prepared_says_so():
+    unbalanced()  # on the same engine, so before it has a balancer
     made = bare_engine()
     made.balancer = None
     made.use_placement(placement())

@@ -15,7 +15,7 @@ from jax_eplb.moe.feed_forward import ExpertWeights
 from jax_eplb.online import Balancer, BalancerConfig, CapacitySet, LayerUpdate, StepSeen
 from tests.tiny_model import counted_compilations
 
-pytestmark = pytest.mark.light_compile
+pytestmark = [pytest.mark.light_compile, pytest.mark.slow]
 
 L, E, S, RANKS = 2, 12, 24, 8
 N, K, T, D, F = S // RANKS, 2, 16, 6, 4
@@ -96,10 +96,7 @@ def expected(iteration):
     return np.asarray(step("even")(params, tables, tokens_of(iteration))[0])
 
 
-@pytest.mark.parametrize(
-    "choice",
-    ["even", *(pytest.param(name, marks=pytest.mark.slow) for name in ("local", "balanced"))],
-)
+@pytest.mark.parametrize("choice", ["even", "local", "balanced"])
 def test_layers_with_an_empty_rank_give_the_same_bits_and_leave_it_alone(choice):
     # The last expert alone in layer 0, and replicated in layer 1.
     table = np.array([np.arange(S) % (E - 1), np.arange(S)[::-1] % E])
@@ -151,7 +148,7 @@ class Run:
         return [event for event in self.events if isinstance(event, kind)]
 
 
-@pytest.mark.parametrize("split", ["even", pytest.param("balanced", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("split", ["even", "balanced"])
 def test_a_rank_is_emptied_and_filled_again_while_serving_and_no_bit_changes(split):
     for iteration in range(30):
         expected(iteration)
@@ -253,7 +250,7 @@ def test_a_static_balancer_empties_no_rank_and_says_so():
         Balancer(placement(), BalancerConfig(capacity=(1.0,) + 7 * (0.0,)))
 
 
-@pytest.mark.parametrize("split", ["even", pytest.param("balanced", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("split", ["even", "balanced"])
 def test_a_slow_rank_gets_less_and_what_is_measured_are_times(split):
     slow = [1.0] * 7 + [0.5]
     config = BalancerConfig(layer_updates_per_iter=1, capacity=tuple(slow))
@@ -270,7 +267,6 @@ def test_a_slow_rank_gets_less_and_what_is_measured_are_times(split):
     np.testing.assert_allclose(seen, measured)
 
 
-@pytest.mark.slow
 def test_the_balanced_choice_heeds_speeds_from_the_next_iteration_on_without_a_move():
     run = Run(BalancerConfig(layer_updates_per_iter=1, warm_up_iterations=100), "balanced")
     run.serve(6)

@@ -45,10 +45,8 @@ def after(counts, config=K3, iterations=4, split="even"):
     return state
 
 
-@pytest.mark.parametrize(
-    ("split", "window"),
-    [("even", None), ("even", 6), pytest.param("balanced", 6, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("split", "window"), [("even", None), ("even", 6), ("balanced", 6)])
 def test_hot_layers_change_and_their_imbalance_falls_as_expected(split, window):
     config = dataclasses.replace(K3, window_size=window)
     counts = np.stack([FLAT, HOT, HOT[::-1]])
@@ -87,6 +85,7 @@ def test_a_slow_rank_is_planned_for_and_expected_imbalance_is_that_of_times(spli
     assert (decision.imbalance_expected < decision.imbalance_before).all()
 
 
+@pytest.mark.slow
 def test_a_rank_without_speed_is_emptied_whatever_it_costs_layers_that_are_on_it_first():
     config = BalancerConfig(layer_updates_per_iter=2, horizon=1, max_moves=1)
     dear = Costs(seconds_per_token=1e-9, bytes_per_second=1.0, bytes_per_slot=10**9)

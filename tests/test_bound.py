@@ -202,6 +202,7 @@ def test_sizes_together_say_more_than_the_largest(load, num_slots, num_ranks, by
     assert_not_above(found, [best])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("load", "least"),
     [

@@ -88,6 +88,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
             Checkpoints(folder)
 
 
+@pytest.mark.slow
 def test_a_process_killed_in_the_middle_leaves_the_save_before(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.checkpoint_process", "cut-off", str(tmp_path)],

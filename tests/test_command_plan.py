@@ -75,6 +75,7 @@ def test_a_plan_beats_the_default_layout(capsys, tmp_path, recorded):
     assert np.mean(planned) < np.mean(imbalance(default, skewed_counts(), 4)) / 4
 
 
+@pytest.mark.slow
 def test_slots_default_to_the_experts_and_updates_are_written(capsys, tmp_path, recorded):
     path = tmp_path / "plan.yaml"
     arguments = ["--ep-size", 4, *FAST, "-o", path, "--layer-updates-per-iter", 2]
@@ -85,6 +86,7 @@ def test_slots_default_to_the_experts_and_updates_are_written(capsys, tmp_path, 
     assert out.endswith(f"{path}\n")
 
 
+@pytest.mark.slow
 def test_verbose_has_a_line_for_each_layer(capsys, tmp_path, recorded):
     arguments = ["--ep-size", 4, *FAST, "-o", tmp_path / "plan.yaml"]
     assert len(succeed(capsys, "plan", recorded, *arguments).splitlines()) == 2

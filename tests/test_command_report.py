@@ -85,6 +85,7 @@ def test_a_load_balancer_predicts_what_numpy_recounts(capsys, recorded, balancer
     assert_same(json.loads(out), recount(by_plan(skewed_counts())))
 
 
+@pytest.mark.slow
 def test_replicas_that_divide_by_load_leave_less(capsys, tmp_path, recorded):
     rows = {}
     for position, layer in enumerate(LAYERS):  # the four hottest are on two ranks each
@@ -124,6 +125,7 @@ def test_per_expert_takes_the_figures_over_experts(capsys, recorded):
     assert_same(report, recount(skewed_counts()))
 
 
+@pytest.mark.slow
 def test_a_plot_writes_pictures_and_names_them(capsys, tmp_path, recorded, balancer):
     folder = tmp_path / "pictures"
     arguments = ["--ep-size", 4, "--load-balancer", balancer, "--plot", folder]
@@ -135,6 +137,7 @@ def test_a_plot_writes_pictures_and_names_them(capsys, tmp_path, recorded, balan
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_html_is_one_page_with_the_tables_and_says_what_it_lacks(capsys, tmp_path, recorded):
     page = tmp_path / "new" / "page.html"
     arguments = ["--ep-size", 4, "--iter-stop", 13, "--html", page]

@@ -60,6 +60,7 @@ def test_a_load_balancer_file_says_where_experts_go(capsys, model, tmp_path):
     assert "plan.yaml has 8 slots, but --num-slots is 10; leave it out" in error
 
 
+@pytest.mark.slow
 def test_a_recording_is_planned_for(capsys, tmp_path):
     """One of layers 3, 4 and 7 with 12 experts, as these checkpoints have them."""
     counts = skewed_counts()

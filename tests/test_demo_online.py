@@ -1,4 +1,4 @@
-"""The online demo: figures, files, and the replay that tells static plan and oracle."""
+"""The online demo on a tiny model: figures, files, the replay that tells static plan and oracle."""
 
 import contextlib
 import io
@@ -12,6 +12,7 @@ from jax_eplb.cli import main
 from jax_eplb.commands import demo_online
 from jax_eplb.report import rank_tokens
 from tests.command_line import fail
+from tests.tiny_model import tiny_decoder
 
 pytestmark = pytest.mark.light_compile
 
@@ -28,6 +29,7 @@ KEYS = {
 }
 
 
+@pytest.mark.slow
 def test_a_replay_puts_every_choice_on_a_rank_that_holds_its_expert_and_levels():
     generator = np.random.default_rng(0)
     counts = generator.integers(0, 40, (3, 2, 6))
@@ -51,10 +53,12 @@ def out(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def figures(out):
+    """Without spare slots, as the few experts would be level under any plan."""
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        command = ["demo", "--online", "--iterations", "96", "--json", "--out", str(out)]
-        assert main(command) == 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(demo_online, "load_decoder", tiny_decoder)
+        sizes = ["--ep-size", "4", "--num-slots", "16", "--iterations", "96"]
+        assert main(["demo", "--online", *sizes, "--json", "--out", str(out)]) == 0
     return json.loads(printed.getvalue())
 
 
@@ -68,7 +72,7 @@ def test_the_placement_follows_compiles_nothing_and_changes_no_token(figures):
     assert figures["moved_slots"] > 0
     # After the change of text, which a static plan knows nothing of.
     second = {n: figures[f"imbalance_{n}_second_half"] for n in ("static", "online", "oracle")}
-    assert second["oracle"] < second["online"] < 0.7 * second["static"]
+    assert second["oracle"] < second["online"] < 0.9 * second["static"]
     assert figures["imbalance_static"] < figures["imbalance_unbalanced"]
 
 

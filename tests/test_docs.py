@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.light_compile import LIGHT_ENVIRONMENT
+from tests.processes import light_environment
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -22,8 +22,7 @@ def test_the_examples_print_what_they_say(tmp_path, page, blocks):
     code = "".join(found[:blocks])
     script = tmp_path / "example.py"
     script.write_text(code)
-    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    environment |= LIGHT_ENVIRONMENT
+    environment = light_environment() | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
     run = subprocess.run(
         [sys.executable, script],
         capture_output=True,

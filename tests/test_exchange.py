@@ -123,6 +123,7 @@ def computed_by(slots):
     return np.bincount(slots[slots < SLOTS] // PER_RANK, minlength=RANKS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_results_gradients_and_counts_are_numpys(name):
     arrays = drawn()
@@ -131,6 +132,7 @@ def test_results_gradients_and_counts_are_numpys(name):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_every_way_to_travel_gives_the_same_bits(name):
     arrays = drawn(1)
@@ -142,6 +144,7 @@ def test_every_way_to_travel_gives_the_same_bits(name):
     np.testing.assert_allclose(found[3], plain[3], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_nothing_is_dropped_when_every_token_goes_to_the_same_rank(name):
     tokens, weights, slots, params, cotangent = drawn(2)
@@ -174,6 +177,7 @@ def test_a_rank_without_tokens_still_serves_the_others(name):
     assert found[4][0] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", ["waves of 3", "waves", "ragged", "all_gather"])
 def test_fewer_ranks_give_the_same_bits(name, ranks):
@@ -189,6 +193,7 @@ def test_fewer_ranks_give_the_same_bits(name, ranks):
         np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["waves, the lesser buffer where it does", "waves of 3"])
 def test_parameters_may_hold_integers_which_have_no_gradient(name):
     tokens, weights, slots, params, cotangent = drawn(6)

@@ -34,6 +34,7 @@ def test_each_row_passes_through_the_expert_of_its_slot_and_padding_stays_zero(k
     assert not np.asarray(out[7:]).any()
 
 
+@pytest.mark.slow
 def test_a_layer_of_a_stack_gives_what_it_gives_alone():
     rows, *arrays = drawn((9, 4), (2, 4, 10), (2, 5, 4), (2, 10), (2, 4))
     weights, sizes = ExpertWeights(*arrays), jnp.array([3, 4])

@@ -53,6 +53,7 @@ def forward(config):
     return jax.jit(from_expert_order)
 
 
+@pytest.mark.slow
 def test_what_it_saw_is_told_by_rank_and_by_expert():
     tokens, router, gate_up, down = drawn()
     mask = np.arange(T) % 4 != 0
@@ -68,6 +69,7 @@ def test_what_it_saw_is_told_by_rank_and_by_expert():
     assert out.rank_tokens.sum() == mask.sum() * K
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [None, "reference", "ragged_dot"])
 def test_every_kernel_gives_numpys_layer(kernel):
     tokens, router, gate_up, down = drawn(1)
@@ -91,6 +93,7 @@ def test_the_gradients_over_many_waves_are_those_of_the_dense_layer():
         np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_the_gradients_are_the_finite_differences():
     arrays = [x.astype(np.float64) for x in drawn(3)]
     mask, weights = jnp.ones(T, bool), np.random.default_rng(9).normal(size=(T, D))
@@ -110,6 +113,7 @@ def test_the_gradients_are_the_finite_differences():
         assert (np.asarray(gradient) * direction).sum() == pytest.approx(slope, rel=1e-3, abs=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["blocked", "triton", "mosaic"])
 def test_no_layer_is_cut_out_of_a_stack(kernel):
     sizes = {"embed_dim": 128, "hidden_dim": 64, "num_experts": 8, "experts_per_token": 2}

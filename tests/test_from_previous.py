@@ -47,6 +47,7 @@ def problem(seed=0):
     return generator.lognormal(0, 1, (L, E)).astype(np.float32), table
 
 
+@pytest.mark.slow
 def test_a_layer_changes_within_its_limit_and_by_more_than_it_must_gain():
     load, table = problem()
     most = np.arange(L) % 8

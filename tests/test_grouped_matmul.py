@@ -120,6 +120,7 @@ def test_no_bit_of_a_row_depends_on_its_neighbours(implementation, seed, positio
     np.testing.assert_array_equal(found[1][position], expected[1][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [64, 192, 384])
 @pytest.mark.parametrize("implementation", WIDE)
 def test_bfloat16_stays_bfloat16(implementation, width):
@@ -137,6 +138,7 @@ def test_bfloat16_stays_bfloat16(implementation, width):
         assert error < 0.005 * np.linalg.norm(exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", WIDE[1:])
 def test_a_layer_of_a_stack_gives_what_it_gives_alone_and_the_others_are_not_read(implementation):
     rows, weights, cotangent = (
@@ -165,6 +167,7 @@ def test_no_bit_of_a_row_depends_on_its_place_in_bfloat16_either():
     assert len(found) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("implementation", [name for name in WIDE if name in FUSED])
 def test_the_activation_follows_the_product(implementation, activation):
@@ -193,6 +196,7 @@ def test_the_activation_follows_the_product(implementation, activation):
         assert error < 0.02 * np.linalg.norm(exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", EVERY)
 def test_each_row_gets_its_groups_bias_and_each_bias_its_rows_gradient(implementation):
     rows, weights, bias, cotangent = drawn(6, (M, D), (G, D, 2 * F), (G, 2 * F), (M, F))

@@ -112,6 +112,7 @@ _JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(content=_JSON)
 @settings(derandomize=True, deadline=None, max_examples=150)
 def test_wrong_types_under_the_right_keys(tmp_path_factory, content):

@@ -50,6 +50,7 @@ def test_the_last_of_a_folder_counts_and_none_is_none(tmp_path):
     assert kept.load["iteration"] == 5
 
 
+@pytest.mark.slow
 def test_the_placement_stays_where_it_fits_and_is_planned_anew_where_not(tmp_path):
     with Checkpoints(tmp_path / "kept") as checkpoints:
         keep_run(checkpoints, used())

@@ -91,9 +91,8 @@ def on_one_rank():
     return np.asarray(make(1)(drawn()))
 
 
-@pytest.mark.parametrize(
-    ("ranks", "slots"), [(4, 16), (8, 24), pytest.param(2, 8, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "slots"), [(4, 16), (8, 24), (2, 8)])
 def test_neither_ranks_nor_slots_change_the_bytes(ranks, slots):
     layer = make(ranks, num_slots=slots)
     assert np.asarray(layer(drawn())).tobytes() == on_one_rank().tobytes()
@@ -105,6 +104,7 @@ def test_small_waves_do_not_change_the_bytes():
     assert np.asarray(layer(drawn())).tobytes() == on_one_rank().tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("choice", "ranks_per_node"),
     [

@@ -106,6 +106,7 @@ def test_every_mesh_gives_the_layer_of_one_device_and_its_gradients(name, varian
         np.testing.assert_allclose(grad, expected_grads[key], rtol=1e-4, atol=1e-4, err_msg=key)
 
 
+@pytest.mark.slow
 def test_the_hidden_width_and_the_slots_are_divided():
     layer = make({"expert": 4, "tensor": 2}, shared_hidden_dim=8)
     assert shapes_of(layer.gate_up) == {(S // 4, D, 2, F // 2)}

@@ -48,7 +48,8 @@ def compiled(exchange="waves", cap=None):
     return program, *program(state, jnp.asarray(tokens))
 
 
-@pytest.mark.parametrize("exchange", ["waves", pytest.param("all_gather", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("exchange", ["waves", "all_gather"])
 def test_no_expert_weights_are_gathered(exchange):
     text = compiled(exchange)[0].as_text()
     gathered = re.findall(r"(\w+)\[([\d,]*)\][^\n]*? all-gather(?:-start)?\(", text)

@@ -57,10 +57,9 @@ def dense_gradients(params):
     return jax.grad(lambda params: (moe_dense(drawn(), *params, K) * drawn(1)).sum())(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", [None, placement_of(1)], ids=["default", "random"])
-@pytest.mark.parametrize(
-    "cap", [8, pytest.param(None, marks=pytest.mark.slow)], ids=["waves", "one wave"]
-)
+@pytest.mark.parametrize("cap", [8, None], ids=["waves", "one wave"])
 def test_every_slot_gets_its_experts_gradient_of_the_dense_layer(placement, cap):
     layer = make(placement=placement, moe_max_num_tokens=cap)
     grads, dense = gradients(layer), dense_gradients(dense_of(layer))

@@ -18,6 +18,7 @@ def nearest(batch: Batch, rank: int, expert: int) -> np.ndarray:
     return slots[here] if here.any() else slots
 
 
+@pytest.mark.slow
 @given(batches)
 def test_the_own_rank_comes_first_then_the_own_node_then_all(batch):
     batch = few(batch)
@@ -26,6 +27,7 @@ def test_the_own_rank_comes_first_then_the_own_node_then_all(batch):
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 @given(batches)
 def test_no_token_is_lost_among_millions(batch):
     check_shares(shares(compiled(local_share, batch.ranks), batch), batch)

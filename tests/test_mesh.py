@@ -46,6 +46,7 @@ def test_simulating_after_jax_has_started_changes_nothing(num_devices):
     assert len(jax.devices()) == 8
 
 
+@pytest.mark.slow
 def test_a_program_that_starts_gets_the_devices_it_asks_for():
     assert devices_in_a_new_process("simulate_devices(5); print(len(jax.devices()))") == ["5"]
 

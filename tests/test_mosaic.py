@@ -40,10 +40,12 @@ def kernels_in(function, *arguments):
     return lowered.as_text().count("stablehlo.custom_call @mosaic_gpu")
 
 
+@pytest.mark.slow
 def test_a_feed_forward_is_two_kernels():
     assert kernels_in(feed_forward, *shapes()) == 2
 
 
+@pytest.mark.slow
 def test_its_gradient_writes_out_what_enters_the_activation_and_takes_six():
     def loss(*arguments):
         return feed_forward(*arguments).astype(jnp.float32).sum()
@@ -51,6 +53,7 @@ def test_its_gradient_writes_out_what_enters_the_activation_and_takes_six():
     assert kernels_in(jax.value_and_grad(loss, argnums=(0, 1, 2)), *shapes()) == 6
 
 
+@pytest.mark.slow
 def test_it_can_stand_in_shard_map_in_scan_and_be_differentiated_there():
     def scanned(rows, up, down, sizes):
         def layer(rows, _):

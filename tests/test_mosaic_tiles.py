@@ -41,6 +41,7 @@ def units_of(walk, sizes):
     ]
 
 
+@pytest.mark.slow
 @given(
     sizes=st.lists(st.integers(0, MOST // GROUPS), min_size=GROUPS, max_size=GROUPS),
     tiles=st.sampled_from([Tiles(64), Tiles(128), Tiles(64, window=2), Tiles(128, pair=True)]),

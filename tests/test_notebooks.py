@@ -1,4 +1,3 @@
-import os
 import re
 import subprocess
 import sys
@@ -7,7 +6,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from tests.light_compile import LIGHT_ENVIRONMENT
+from tests.processes import light_environment
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -26,8 +25,7 @@ def test_there_are_notebooks():
 def test_notebook_runs_and_prints_the_words_committed(path, tmp_path):
     # In a process of its own: the kernel's own warnings are not this project's.
     command = ["-m", "nbconvert", "--to", "notebook", "--execute", "--output-dir", str(tmp_path)]
-    environment = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    environment = os.environ | LIGHT_ENVIRONMENT | environment
+    environment = light_environment() | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, *command, str(path)], env=environment, capture_output=True, text=True
     )

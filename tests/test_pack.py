@@ -39,6 +39,7 @@ def problems(draw):
     return load, count, num_ranks
 
 
+@pytest.mark.slow
 @given(problems())
 def test_every_rank_is_full_and_holds_no_expert_twice(problem):
     load, count, num_ranks = problem
@@ -47,6 +48,7 @@ def test_every_rank_is_full_and_holds_no_expert_twice(problem):
     assert duplicates(slots, num_ranks).tolist() == [0, 0]
 
 
+@pytest.mark.slow
 @given(problems())
 def test_packing_is_the_greedy_where_the_greedy_holds_no_expert_twice(problem):
     load, count, num_ranks = problem
@@ -56,6 +58,7 @@ def test_packing_is_the_greedy_where_the_greedy_holds_no_expert_twice(problem):
     np.testing.assert_array_equal(slots[clean], greedy[clean])
 
 
+@pytest.mark.slow
 def test_many_layers_agree_with_the_greedy_bit_for_bit():
     load = np.random.default_rng(0).lognormal(0, 1, (8, 64)).astype(np.float32)
     count = greedy_replicate(load, 72)

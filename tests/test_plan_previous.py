@@ -35,6 +35,7 @@ def few(load, most=4, previous=FORCE, capacity=ALIKE):
     return plan_it(load, previous=previous, max_moves=most, capacity=capacity)
 
 
+@pytest.mark.slow
 def test_more_moves_buy_less_imbalance_and_the_figures_are_a_recount():
     load, before = load_of(), np.asarray(FORCE.slot_to_expert)
     plans = list(frontier(load, FORCE, [0, 2, 6, S], effort="fast", capacity=ALIKE))
@@ -52,6 +53,7 @@ def test_more_moves_buy_less_imbalance_and_the_figures_are_a_recount():
     assert by_layer[-1].mean() < 0.5 * by_layer[0].mean()
 
 
+@pytest.mark.slow
 def test_limits_that_fall_are_kept_to_as_well():
     plans = list(frontier(load_of(), FORCE, [S, 2, 0], effort="fast", capacity=ALIKE))
     for most, result in zip([S, 2, 0], plans, strict=True):

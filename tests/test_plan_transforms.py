@@ -31,6 +31,7 @@ def test_fast_plans_add_windows_up():
     np.testing.assert_array_equal(slots_of(together), slots_of(summed))
 
 
+@pytest.mark.slow
 def test_jax_and_numpy_loads_give_the_same_plan_eager_jitted_and_mapped():
     load = lognormal(1.0)
     expected = slots_of(fast_plan(load))
@@ -41,6 +42,7 @@ def test_jax_and_numpy_loads_give_the_same_plan_eager_jitted_and_mapped():
     np.testing.assert_array_equal(slots_of(mapped).reshape(3, 20), expected)
 
 
+@pytest.mark.slow
 def test_nan_inside_jit_counts_as_no_load():
     load = lognormal(1.0).astype(np.float32)
     damaged = load.copy()

@@ -113,6 +113,7 @@ def test_a_table_reads_alike_in_all_forms():
     assert json.loads(json.dumps(table.as_data()))["rows"] == rows
 
 
+@pytest.mark.slow
 def test_one_load_without_opponents_has_greedy_beside_ours():
     table, counts = one_load(tiny(), [SIZE], ["sigma 1"])
     [row] = table.rows
@@ -136,6 +137,7 @@ def test_bounds_of_both_splits_and_their_time():
     assert 0 < row["least_ms"] <= row["median_ms"]
 
 
+@pytest.mark.slow
 def test_a_failing_opponent_is_a_dash_and_a_note(tmp_path):
     peer = greedy_peer(tmp_path, "assert load.max() > load.shape[1] * 262_144, 'too even'")
     with Peers([peer]) as peers:
@@ -210,6 +212,7 @@ def test_a_point_of_the_scale_has_times_and_memory():
     assert 0 <= found["bound"] <= found["imbalance"]
 
 
+@pytest.mark.slow
 def test_a_point_that_fails_in_its_process_is_noted():
     wrong = scaling.Point(1, Size(4, 5, 2))
     [table] = scaling.scaling(tiny(), {"slots": (wrong,)}, [])

@@ -39,6 +39,7 @@ def lines_of(axes):
     return {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in axes.lines}
 
 
+@pytest.mark.slow
 def test_a_recording_gives_its_pictures(tmp_path):
     figures = recording_figures(recording(), num_ranks=2)
     assert set(figures) == RECORDING
@@ -69,6 +70,7 @@ def test_nothing_is_left_open_in_pyplot(tmp_path):
     assert plt.get_fignums() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 4), (4, 58, 9)])
 @pytest.mark.parametrize("value", [0, 7])
 def test_even_and_empty_loads_can_be_drawn(tmp_path, shape, value):

@@ -69,6 +69,7 @@ def test_the_plan_file_read_back_gives_what_a_recount_gives(recording, tmp_path,
     np.testing.assert_allclose(np.asarray(result.imbalance), imbalance, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_a_plan_from_two_iterations_balances_the_other_two(recording):
     first, second = recording.keep([0, 1]), recording.keep([2, 3])
     result = plan(first.expert_counts(), num_slots=80, num_ranks=8, layer_ids=recording.layer_ids)

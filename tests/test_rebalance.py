@@ -58,6 +58,7 @@ MANY = [
 SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in MANY[:2]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layers", "experts", "slots", "options"), SLOW + MANY[2:])
 def test_three_hundred_random_tables(layers, experts, slots, options):
     move_again_and_again(80 // layers, layers, experts, slots, 8, seed=layers, **options)
@@ -69,6 +70,7 @@ def test_ten_thousand_random_tables():
         move_again_and_again(number, layers, experts, slots, 8, seed=number, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots_at_once", [1, 2, 8])
 def test_every_form_of_parameters_and_any_bound(slots_at_once):
     old, new = drawn(2)

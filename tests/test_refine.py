@@ -93,6 +93,7 @@ def test_no_swaps_change_nothing():
     np.testing.assert_array_equal(refined(slots, load, 4, max_rounds=0), slots)
 
 
+@pytest.mark.slow
 def test_swaps_lower_the_imbalance_that_greedy_leaves():
     load = np.random.default_rng(0).lognormal(0, 0.5, (8, 64))
     slots = greedy_plan(load, 64, 8)

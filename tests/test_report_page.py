@@ -114,6 +114,7 @@ def page(text) -> Page:
     return Page(text)
 
 
+@pytest.mark.slow
 def test_the_page_needs_no_script_and_nothing_from_elsewhere(text, page):
     tags = {tag for tag, _ in page.elements}
     assert not tags & {"script", "link", "iframe", "object", "embed"}
@@ -128,6 +129,7 @@ def test_the_page_needs_no_script_and_nothing_from_elsewhere(text, page):
     assert any(a.get("name") == "viewport" for a in page.attributes("meta"))
 
 
+@pytest.mark.slow
 def test_every_picture_is_a_png_of_words(page):
     pictures = page.attributes("img")
     # Of the recording, of the plan and of the simulation.
@@ -214,6 +216,7 @@ def test_names_from_files_are_escaped(text):
     assert "runs/" not in text
 
 
+@pytest.mark.slow
 def test_without_a_plan_and_advice_the_page_says_why():
     counts = np.random.default_rng(0).integers(1, 99, (2, 1, 8))
     slots = Recording(counts, num_experts=6, experts_per_token=2, unit="slots")

@@ -30,6 +30,7 @@ def mesh_of(first, last):
     return Mesh(np.array(jax.devices()[first:last]), ("expert",))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots_at_once", [1, 8])
 @pytest.mark.parametrize(
     ("slots", "ranks", "new_slots", "mesh"),
@@ -52,6 +53,7 @@ def test_meshes_and_slots_change(slots, ranks, new_slots, mesh, slots_at_once):
     assert moved["moments"]["count"] is tree["moments"]["count"]
 
 
+@pytest.mark.slow
 def test_layers_of_a_list_and_experts_of_the_same_device_stay_there(monkeypatch):
     old, before = drawn(8, 4)
     # Twice the slots for the first devices' experts.

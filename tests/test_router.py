@@ -108,6 +108,7 @@ def test_the_router_agrees_with_numpy(config, choices):
 whole_logits = arrays(np.float32, (3, E), elements=st.integers(-30, 30).map(float))
 
 
+@pytest.mark.slow
 @each_config
 @given(logits=whole_logits)
 def test_the_chosen_are_the_best_of_the_best_groups(config, logits):

@@ -123,6 +123,7 @@ def test_warming_up_is_neither_recorded_nor_measured(capsys, folder):
     assert warmed["throughput"]["iterations"] == plain["throughput"]["iterations"]
 
 
+@pytest.mark.slow
 def test_a_file_with_layer_updates_is_balanced_while_it_serves(capsys, folder, tmp_path):
     texts = []
     lines = "\n".join(map(json.dumps, REQUESTS * 4)) + "\n"

@@ -50,6 +50,7 @@ def test_one_load_is_one_window():
     np.testing.assert_allclose(one, only, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_with_capacities_times_count():
     # Rank 0 holds 6 tokens, rank 1, twice as fast, 6: times 6 and 3, where 12 / 3 = 4 is perfect.
     load = np.zeros((W, L, E), np.float32)

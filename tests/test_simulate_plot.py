@@ -96,6 +96,7 @@ def test_gain_by_interval_has_the_cost_of_moves_between_its_lines():
     assert [1.0, 0.6] in area.round(6).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policies", [[], [STATIC]])
 def test_a_sweep_without_intervals_can_be_drawn(tmp_path, policies):
     outcomes = [outcome(policy, [[0.1]]) for policy in policies]

@@ -3,6 +3,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -62,6 +63,7 @@ def test_no_tokens_have_an_order_too():
     assert (order.choice.shape, order.place.shape) == ((0,), (0, K))
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=6))
 def test_the_segment_of_an_index_is_the_first_that_ends_past_it(sizes):
     ends = np.cumsum(sizes).astype(np.int32)

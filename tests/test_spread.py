@@ -25,6 +25,7 @@ def spread(table, load, least=1, max_moves=2 * S, capacity=(1.0,) * P):
     return np.asarray(spread_over_nodes(table, load, **sizes, limits=limits, least=least))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_moves", [0, 1, 2, 5, S])
 def test_fewer_experts_are_at_risk_and_no_rule_is_broken(max_moves):
     generator = np.random.default_rng(max_moves)

@@ -68,6 +68,7 @@ def fullest(moves):
     return max(np.bincount(x // (S // RANKS)).max() for x in (moves.source, moves.destination))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("collective", [False, True])
 def test_nothing_compiles_after_preparation(collective):
     old, *others = drawn(9)
@@ -153,6 +154,7 @@ def test_layers_apart_are_moved_each_in_its_own_arrays():
     assert moved[0]["down"] is trees[0]["down"]
 
 
+@pytest.mark.slow
 def test_other_axes_of_the_mesh_keep_their_parts():
     mesh = jax.make_mesh(
         (2, 2, 2), ("data", "expert", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3

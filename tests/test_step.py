@@ -75,6 +75,7 @@ def test_the_token_has_the_largest_logit_plus_temperature_times_noise(temperatur
     assert tokens.tolist() == (last + temperature * drawn).argmax(axis=1).tolist()
 
 
+@pytest.mark.slow
 def test_at_temperature_zero_the_seed_does_not_matter():
     one = step(prompts_of(), [4, 1, 2, 3], seeds=[1, 2, 3, 4])[1]
     other = step(prompts_of(), [4, 1, 2, 3], seeds=[9, 9, 0, 7])[1]

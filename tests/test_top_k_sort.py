@@ -60,6 +60,7 @@ def compiled(shape, kernels):
     return jax.jit(functools.partial(by_xla, experts_per_token=size))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @given(seed=st.integers(0, 2**31), padding=st.sampled_from([0.0, 0.3, 1.0]), permuted=st.booleans())
@@ -71,6 +72,7 @@ def test_it_is_numpys_choice_and_order(kernels, shape, seed, padding, permuted):
         np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.slow
 def test_the_kernels_rank_any_float_as_top_k_does():
     scores = np.array(
         [[0.0, -0.0, np.nan, np.inf, -np.inf, 1e-40, -np.nan, -1e-40]] * 2, np.float32
@@ -85,6 +87,7 @@ def test_the_kernels_rank_any_float_as_top_k_does():
     np.testing.assert_array_equal(np.sort(found.choice), np.arange(16))
 
 
+@pytest.mark.slow
 def test_the_values_alone_have_a_gradient():
     scores, mask, rank = drawn((5, 6), 0, 0.3)
     scores = np.where(np.isinf(scores), 0, scores)
@@ -128,6 +131,7 @@ def test_no_tokens_choose_nothing():
     assert found.expert_tokens.tolist() == [0] * 4
 
 
+@pytest.mark.slow
 # JAX 0.12 says that it will drop this backend one day; until then it is what lowers these kernels.
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(

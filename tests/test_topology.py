@@ -36,6 +36,7 @@ def order_of(load, speeds):
     return groups_to_nodes(load, num_groups=G, num_nodes=Q, capacity=speeds).reshape(L, Q, -1)
 
 
+@pytest.mark.slow
 def test_groups_stay_whole_and_nodes_are_nearly_as_even_as_can_be():
     load = draw_load()
     order = np.asarray(order_of(load, jnp.ones(Q)))

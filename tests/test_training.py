@@ -155,6 +155,7 @@ def test_weight_decay_spares_the_norms():
     }
 
 
+@pytest.mark.slow
 def test_passages_are_a_function_of_seed_and_step():
     text = trainer(1)[3]
     drawn = [
