@@ -83,6 +83,19 @@ def test_where_only_chance_is_uneven_the_answer_is_no():
     assert "less than 5% is not worth it" in made.reason
 
 
+def test_who_cannot_divide_by_load_is_told_what_remains():
+    advice = recommend(
+        changing_recording(), costs=CHEAP, **{**QUICK, "replica_choices": ["even", "balanced"]}
+    )
+    made = advice.recommendation
+    assert made.replica_choice == "balanced"
+    in_turn = [outcome for outcome in advice.outcomes if outcome.replica_choice == "even"]
+    assert made.expected_gain_even == choose(in_turn).gain
+    assert 0 < made.expected_gain_even < made.expected_gain
+    said = f"replica choice even: expected {100 * made.expected_gain_even:+.1f}%."
+    assert made.reason.endswith(said)
+
+
 def test_a_gain_within_its_error_is_no_gain():
     # One window in which everything is on one rank, and the rest even: chance, for all one knows.
     counts = np.full((12, 2, 6), 100)

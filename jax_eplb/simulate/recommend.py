@@ -45,6 +45,7 @@ class Recommendation:
     move_share: float  # part of the time spent on moves
     decay: float
     max_moves: int | None
+    expected_gain_even: float | None  # of the best setting of the sweep with replica choice "even"
     imbalance_before: float
     imbalance_after: float
     least_tokens: float  # an iteration; below, reading weights takes as long as computing
@@ -160,7 +161,9 @@ def recommend(
         )
         for policy in dict.fromkeys([best.policy, STATIC])
     )
-    made = _recommendation(chosen, costs, recording, len(outcomes), min_gain, note)
+    in_turn = [outcome for outcome in outcomes if outcome.replica_choice == "even"]
+    even = choose(in_turn) if in_turn else None
+    made = _recommendation(chosen, even, costs, recording, len(outcomes), min_gain, note)
     return Advice(made, chosen, outcomes, recording, history)
 
 
@@ -197,7 +200,13 @@ def divide_window(recording: Recording, number: int) -> Recording:
 
 
 def _recommendation(
-    chosen: Outcome, costs: Costs, recording: Recording, settings: int, min_gain: float, note: str
+    chosen: Outcome,
+    even: Outcome | None,
+    costs: Costs,
+    recording: Recording,
+    settings: int,
+    min_gain: float,
+    note: str,
 ) -> Recommendation:
     gain, error = chosen.gain, chosen.gain_error
     before = float(chosen.unbalanced_imbalance.mean(dtype=np.float64))
@@ -205,9 +214,7 @@ def _recommendation(
     least = costs.least_choices(before, **sizes) / recording.experts_per_token
     noise = math.isfinite(error) and gain <= _ERRORS * error
     balance = gain >= min_gain and not noise
-    interval = chosen.policy.interval
-    replan_every = None if interval is None else interval * chosen.steps_per_window
-    how = _describe(chosen, recording.num_experts, replan_every)
+    how = _describe(chosen, recording.num_experts)
     spread = "" if math.isnan(error) else f" (standard error {100 * error:.1f})"
     gained = f"{100 * gain:+.1f}%{spread} throughput"
     if balance:
@@ -217,6 +224,11 @@ def _recommendation(
             f"below {least:,.0f} tokens an iteration: reading the experts' weights then takes "
             "longer than computing."
         )
+        if even is not None and chosen.replica_choice != "even":
+            reason += (
+                " Where replicas get an expert's tokens in turn, as in other engines: "
+                f"{_describe(even, recording.num_experts)}: expected {100 * even.gain:+.1f}%."
+            )
     elif gain < min_gain:
         reason = (
             f"Don't balance: the best of {settings} settings ({how}) gains {gained}, and less than "
@@ -235,7 +247,7 @@ def _recommendation(
     return Recommendation(
         balance=balance,
         num_slots=chosen.num_slots,
-        replan_every=replan_every,
+        replan_every=_replan_every(chosen),
         replica_choice=chosen.replica_choice,
         expected_gain=gain,
         reason=reason + note,
@@ -243,13 +255,21 @@ def _recommendation(
         move_share=chosen.move_share,
         decay=chosen.policy.decay,
         max_moves=chosen.policy.max_moves,
+        expected_gain_even=None if even is None else even.gain,
         imbalance_before=before,
         imbalance_after=chosen.mean_imbalance,
         least_tokens=least,
     )
 
 
-def _describe(chosen: Outcome, num_experts: int, replan_every: int | None) -> str:
+def _replan_every(chosen: Outcome) -> int | None:
+    """Iterations from plan to plan."""
+    interval = chosen.policy.interval
+    return None if interval is None else interval * chosen.steps_per_window
+
+
+def _describe(chosen: Outcome, num_experts: int) -> str:
+    replan_every = _replan_every(chosen)
     spare = chosen.num_slots - num_experts
     words = [
         f"{spare} redundant experts per {chosen.num_ranks} ranks ({chosen.num_slots} slots)"
