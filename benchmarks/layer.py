@@ -109,7 +109,7 @@ def on_one_rank(layer: Layer, kernel: str | None):
     )
     slots = jnp.arange(layer.experts)[None]
     sizes = {"num_experts": layer.experts, "num_ranks": 1, "max_replicas": 1}
-    tables = jax.tree.map(lambda x: x[0], derive_tables(slots, **sizes))
+    tables = derive_tables(slots, **sizes).of_layer(0)
 
     def local(params, tables, tokens):
         mask = jnp.ones(len(tokens), bool)

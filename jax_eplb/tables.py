@@ -43,6 +43,10 @@ class PlacementTables(NamedTuple):
     # Of `handicap_of`, for the same choice: what slower ranks count as having already.
     handicap: Float[Array, "L P"]
 
+    def of_layer(self, position: int) -> "PlacementTables":
+        """One layer's tables, by its position among the layers."""
+        return PlacementTables(*(table[position] for table in self))
+
 
 def max_replicated_slots(num_experts: int, num_slots: int) -> int:
     """The bound J on the slots whose expert has several: S - E spare ones are of as many experts.

@@ -43,15 +43,14 @@ class Batch(NamedTuple):
         placement = Placement(table, self.counts.shape[1], self.ranks.num_ranks, (0,))
         capacity = np.ones(len(self.counts)) if self.capacity is None else self.capacity
         with light_compile():
-            tables = derive_tables(
+            return derive_tables(
                 table,
                 num_experts=placement.num_experts,
                 num_ranks=placement.num_ranks,
                 max_replicas=placement.max_replicas,
                 with_leveling=True,
                 capacity=np.asarray(capacity, np.float32),
-            )
-            return jax.tree.map(lambda table: table[0], tables)
+            ).of_layer(0)
 
 
 def draw_batch(shape, seed: int) -> Batch:

@@ -31,7 +31,7 @@ def forward(config):
     placement = Placement.default(
         num_experts=E, num_slots=config.num_slots, num_ranks=config.num_ranks
     )
-    tables = jax.tree.map(lambda table: table[0], placement.tables())
+    tables = placement.tables().of_layer(0)
 
     def local(params, tokens, mask):
         out = moe_forward(params, tables, tokens, mask, config=config, axis_name="expert")
@@ -118,9 +118,7 @@ def test_the_gradients_are_the_finite_differences():
 def test_no_layer_is_cut_out_of_a_stack(kernel):
     sizes = {"embed_dim": 128, "hidden_dim": 64, "num_experts": 8, "experts_per_token": 2}
     config = MoEConfig(**sizes, num_slots=8, num_ranks=1, kernel=kernel)
-    tables = jax.tree.map(
-        lambda table: table[0], Placement.default(num_experts=8, num_ranks=1).tables()
-    )
+    tables = Placement.default(num_experts=8, num_ranks=1).tables().of_layer(0)
 
     def run(router, experts, tokens):
         def layer(tokens, index):

@@ -58,10 +58,6 @@ def together(processes, *command):
     return started_together(["-m", "jax_eplb", *command, *where, process] for process in own)
 
 
-def figures_of(printed):
-    return json.loads(printed.splitlines()[-1])  # before it, Gloo says who is connected
-
-
 def rows_of(path):
     return path.read_text().count("\n") if path.exists() else 0
 
@@ -82,7 +78,7 @@ def test_two_processes_follow_the_load_and_write_what_one_writes(folder, alone, 
         first, second = finish(started)
     assert out.read_text() == alone
     assert "throughput" not in second  # one of them prints
-    figures = figures_of(first)
+    figures = json.loads(first)
     assert figures["throughput"]["requests"] == REQUESTS
     assert figures["balancer"]["moved_slots"] > 0
     assert figures["balancer"]["failures"] == 0
@@ -106,7 +102,7 @@ def test_three_processes_go_on_where_four_lost_one(folder, alone, tmp_path):
     assert kept.placement.num_ranks == 4
     with together(3, *arguments(folder, out, 3), "--resume") as started:
         first, *_ = finish(started)
-    assert figures_of(first)["throughput"]["requests"] == REQUESTS - written
+    assert json.loads(first)["throughput"]["requests"] == REQUESTS - written
     assert out.read_text() == alone
     kept_by_three = read_run(f"{out}.kept")
     assert kept_by_three is not None

@@ -33,7 +33,7 @@ def test_each_slot_gets_its_number_of_its_experts_choices(seed, padding):
     mask = generator.random(T) >= padding
     (table,) = random_table(generator, 1, E, S, RANKS)
     tables = Placement.from_slots(table[None], num_experts=E, num_ranks=RANKS).tables()
-    tables = jax.tree.map(lambda x: x[0], tables)
+    tables = tables.of_layer(0)
     counts = np.bincount(experts[mask].ravel(), minlength=E)
     slot_tokens = np.zeros(S, np.int32)
     for expert in range(E):  # any division among its slots
@@ -57,7 +57,7 @@ def test_each_slot_gets_its_number_of_its_experts_choices(seed, padding):
 
 def test_no_tokens_have_an_order_too():
     tables = Placement.default(num_experts=E, num_slots=S, num_ranks=RANKS).tables()
-    tables = jax.tree.map(lambda x: x[0], tables)
+    tables = tables.of_layer(0)
     found = top_k_sort(jnp.zeros((0, E)), jnp.zeros(0, bool), K)
     order = order_by_slot(found, jnp.zeros(S, jnp.int32), tables)
     assert (order.choice.shape, order.place.shape) == ((0,), (0, K))

@@ -236,7 +236,7 @@ def layer(name, **keywords):
     model = MODELS[name]
     config = MoEConfig(D, F, E, K, SLOTS, RANKS, router=model.router, **model.ours, **keywords)
     placement = Placement.default(num_experts=E, num_slots=SLOTS, num_ranks=RANKS)
-    tables = jax.tree.map(lambda table: table[0], placement.tables(with_leveling=True))
+    tables = placement.tables(with_leveling=True).of_layer(0)
     axis = P("expert")
 
     def local(params, tables, tokens, mask):

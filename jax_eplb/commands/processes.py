@@ -44,6 +44,7 @@ def joined(arguments: argparse.Namespace) -> Iterator[None]:
         )
     if given:
         _simulate_own_part(arguments.ep_size, arguments.num_processes)
+    _keep_standard_output()
     try:
         jax.distributed.initialize(
             arguments.coordinator,
@@ -80,6 +81,14 @@ def check_covered(mesh: Mesh) -> None:
             f"--ep-size {mesh.size} leaves process {min(idle)} without a device; there are "
             f"{jax.device_count()} devices in {jax.process_count()} processes: use them all"
         )
+
+
+def _keep_standard_output() -> None:
+    """For what Python prints: Gloo, in C++, says there who is connected, which is no JSON."""
+    sys.stdout.flush()
+    own = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    sys.stdout = os.fdopen(own, "w", buffering=1, encoding=sys.stdout.encoding)
 
 
 def _simulate_own_part(ep_size: int, num_processes: int) -> None:

@@ -263,8 +263,7 @@ class MoE(nnx.Module):
 
     def _tables_of(self, placement: Placement) -> PlacementTables:
         """The tables of the only layer, on every device."""
-        derived = placement.tables(with_leveling=self.config.needs_leveling)
-        tables = PlacementTables(*(table[0] for table in derived))
+        tables = placement.tables(with_leveling=self.config.needs_leveling).of_layer(0)
         return jax.device_put(tables, NamedSharding(self.mesh, P()))
 
 

@@ -43,8 +43,7 @@ def balanced_share(
 
     >>> from jax_eplb import Placement
     >>> placement = Placement.from_slots([[0, 1, 2, 0]], num_experts=3, num_ranks=2)
-    >>> tables = placement.tables(with_leveling=True)
-    >>> tables = jax.tree.map(lambda table: table[0], tables)
+    >>> tables = placement.tables(with_leveling=True).of_layer(0)
     >>> counts, ranks = jnp.array([[4, 1, 1], [2, 0, 2]]), Ranks("expert", 2, 2)
     >>> share = jax.jit(balanced_share, static_argnames="ranks")
     >>> [share(counts, tables, jnp.int32(rank), ranks=ranks).tolist() for rank in range(2)]

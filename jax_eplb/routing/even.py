@@ -26,8 +26,8 @@ def even_share(
     """The same for a given rank.
 
     >>> from jax_eplb import Placement
-    >>> tables = Placement.from_slots([[0, 1, 2, 0]], num_experts=3, num_ranks=2).tables()
-    >>> tables = jax.tree.map(lambda table: table[0], tables)
+    >>> placement = Placement.from_slots([[0, 1, 2, 0]], num_experts=3, num_ranks=2)
+    >>> tables = placement.tables().of_layer(0)
     >>> even_share(jnp.array([5, 1, 3]), tables, jnp.int32(1)).tolist()
     [2, 1, 3, 3]
     """
