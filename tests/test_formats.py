@@ -48,6 +48,12 @@ def test_a_pt_file_is_read_by_its_suffix(tmp_path):
         formats.load_recording(tmp_path / "a.pt")
 
 
+def test_a_plan_is_no_recording(tmp_path):
+    (tmp_path / "plan.yaml").write_text("num_slots: 8\n")
+    with pytest.raises(ValueError, match=r"plan\.yaml: a plan; a recording is a directory"):
+        formats.load_recording(tmp_path / "plan.yaml")
+
+
 def test_an_unknown_path_lists_what_is_known(tmp_path):
     (tmp_path / "a.csv").write_text("")
     for name in ("directory", r"\.npz", r"\.safetensors", r"\.npy", r"\.pt"):

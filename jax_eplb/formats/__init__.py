@@ -62,10 +62,8 @@ def load_recording(path: str | os.PathLike, **options: Unpack[Options]) -> Recor
     path = Path(path)
     kind = kind_of(path)
     if kind not in _LOADERS:
-        raise ValueError(
-            f"{path}: unknown format {path.suffix!r}; a recording is {_KNOWN}, or .pt or .json "
-            "(SGLang)"
-        )
+        fault = "a plan" if kind is Kind.YAML else f"unknown format {path.suffix!r}"
+        raise ValueError(f"{path}: {fault}; a recording is {_KNOWN}, or .pt or .json (SGLang)")
     return _LOADERS[kind](path, **options)
 
 
