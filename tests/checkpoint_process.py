@@ -1,9 +1,11 @@
 """A process that saves checkpoints, alone or as one of several.
 
 python -m tests.checkpoint_process cut-off FOLDER
-python -m tests.checkpoint_process PROCESS PROCESSES PORT FOLDER
+python -m tests.checkpoint_process PROCESS PROCESSES PORT FOLDER [full]
 """
 
+import errno
+import os
 import sys
 import time
 from pathlib import Path
@@ -67,8 +69,43 @@ def save_and_restore(process: int, processes: int, port: int, folder: Path) -> N
     assert written == 1
 
 
+def fail_together(process: int, processes: int, port: int, folder: Path) -> None:
+    """The last process finds its disk full: all hear of it at once, and the save before stays."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", RANKS // processes)
+    jax.distributed.initialize(f"localhost:{port}", processes, process)
+    from jax_eplb.checkpoint import Checkpoints, array_files
+    from tests.checkpoint_cases import global_bank, planned
+
+    placement = planned(16, RANKS)
+    state = global_bank(placement)
+    write = array_files.write_file
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with Checkpoints(folder, keep=1) as checkpoints:
+        checkpoints.save(1, state, placement)
+        checkpoints.wait()
+        if process == processes - 1:
+            array_files.write_file = full
+        begun = time.monotonic()
+        try:
+            checkpoints.save(2, state, placement)
+            checkpoints.wait()
+        except OSError as error:
+            print(error)
+        assert time.monotonic() - begun < 100  # not the ten minutes of Orbax
+        assert checkpoints.steps == [1]
+        array_files.write_file = write
+        checkpoints.save(2, state, placement)
+        checkpoints.wait()
+        assert checkpoints.steps == [2]
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "cut-off":
         cut_off(Path(sys.argv[2]))
     else:
-        save_and_restore(*map(int, sys.argv[1:4]), Path(sys.argv[4]))
+        run = fail_together if sys.argv[5:] == ["full"] else save_and_restore
+        run(*map(int, sys.argv[1:4]), Path(sys.argv[4]))

@@ -119,14 +119,30 @@ def write_chunk(folder: Path, layout: ArrayLayout, index: Sequence[int], chunk: 
 
 
 def write_checksums(folder: Path, checksums: Mapping[str, int], process: int = 0) -> None:
-    """Write the checksums of the chunks that this process wrote, by file."""
-    text = json.dumps(dict(checksums))
-    write_file(folder / _CHECKSUMS.replace("*", str(process)), text.encode())
+    """Write the checksums of the chunks that this process wrote, by file: the last that it writes.
+
+    Where that fails, nothing of them is left.
+    """
+    path = _checksums_file(folder, process)
+    try:
+        write_file(path, json.dumps(dict(checksums)).encode())
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def has_written(folder: Path, process: int) -> bool:
+    """Whether a process has written all that it had to write."""
+    return _checksums_file(folder, process).exists()
 
 
 def write_file(path: Path, data: bytes | memoryview) -> None:
     with open(path, "wb") as file:
         file.write(data)
+
+
+def _checksums_file(folder: Path, process: int) -> Path:
+    return folder / _CHECKSUMS.replace("*", str(process))
 
 
 class StoredArray:
