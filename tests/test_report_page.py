@@ -91,6 +91,7 @@ def advised() -> tuple[Advice, list[Outcome]]:
         move_share=0.0,
         decay=1.0,
         max_moves=None,
+        expected_gain_even=0.6,
         imbalance_before=1.0,
         imbalance_after=0.25,
         least_tokens=7.0,
