@@ -95,7 +95,7 @@ def fail_together(process: int, processes: int, port: int, folder: Path) -> None
             checkpoints.wait()
         except OSError as error:
             print(error)
-        assert time.monotonic() - begun < 100  # not the ten minutes of Orbax
+        assert time.monotonic() - begun < 100  # not the twenty minutes of Orbax
         assert checkpoints.steps == [1]
         array_files.write_file = write
         checkpoints.save(2, state, placement)

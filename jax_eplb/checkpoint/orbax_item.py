@@ -47,7 +47,7 @@ class WrittenItem(ocp.args.CheckpointArgs):
 
 
 def _write_together(write: Callable[[Path], None], folder: Path) -> None:
-    """All processes fail where one does: Orbax would let the others wait for it for ten minutes.
+    """All processes fail where one does: Orbax would let all of them wait for twenty minutes.
 
     They see in the folder, which they share, who wrote all of its part.
     """
