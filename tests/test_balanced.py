@@ -92,6 +92,7 @@ def test_no_round_changes_nothing():
     np.testing.assert_array_equal(slots, start_of(scenarios))
 
 
+@pytest.mark.slow
 def test_no_more_slots_change_than_allowed():
     scenarios = scenarios_of(2)
     start = start_of(scenarios)

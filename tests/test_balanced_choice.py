@@ -114,6 +114,7 @@ def least_by_trial(batch: Batch) -> int:
     return int(min(map(max, loads)))
 
 
+@pytest.mark.slow
 def test_a_large_batch_is_divided_exactly():
     """Past 2^24 floats no longer count in ones."""
     table = np.array([0, 1, 2, 3, 0, 1, 3, 2])

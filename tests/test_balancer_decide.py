@@ -114,6 +114,7 @@ def test_the_layer_that_gains_most_stands_first():
     assert decision.layers.tolist()[:2] == [2, 1]
 
 
+@pytest.mark.slow
 def test_only_the_layers_whose_turn_it_is_change_in_a_group_that_is_not_full_too():
     config = BalancerConfig(layer_updates_per_iter=2)
     state = after(np.stack([HOT] * 3), config)

@@ -119,6 +119,7 @@ def test_a_directory_goes_through_plan_and_report(capsys, tmp_path):
     assert after["average"]["imbalance"] < before["average"]["imbalance"] / 2
 
 
+@pytest.mark.slow
 def test_counts_by_slot_are_not_planned_from_without_the_active_balancer(capsys, tmp_path):
     counts, path = skewed_counts(16), tmp_path / "plan.yaml"
     directory = write_statistics(tmp_path / "statistics", counts)

@@ -156,6 +156,7 @@ def test_nothing_is_dropped_when_every_token_goes_to_the_same_rank(name):
     assert found[4].tolist() == [0, 0, RANKS * T * K, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_padding_is_neither_sent_nor_answered(name):
     tokens, weights, slots, params, cotangent = drawn(3)

@@ -62,6 +62,7 @@ def test_a_layer_changes_within_its_limit_and_by_more_than_it_must_gain():
     assert (again != slots).any(axis=1).sum() < (moves > 0).sum() / 2
 
 
+@pytest.mark.slow
 def test_an_even_load_on_a_whole_placement_moves_nothing():
     # Experts 0 to 3 have two replicas and twice the load.
     table = np.tile(np.arange(S) % E, (L, 1))

@@ -60,6 +60,7 @@ def test_limits_that_fall_are_kept_to_as_well():
         assert (np.asarray(result.moves) <= most).all()
 
 
+@pytest.mark.slow
 def test_a_load_that_did_not_change_moves_nothing():
     load = load_of()
     settled = few(load, S)

@@ -83,6 +83,7 @@ def test_where_only_chance_is_uneven_the_answer_is_no():
     assert "less than 5% is not worth it" in made.reason
 
 
+@pytest.mark.slow
 def test_who_cannot_divide_by_load_is_told_what_remains():
     advice = recommend(
         changing_recording(), costs=CHEAP, **{**QUICK, "replica_choices": ["even", "balanced"]}

@@ -82,6 +82,7 @@ def test_at_temperature_zero_the_seed_does_not_matter():
     assert one.tolist() == other.tolist()
 
 
+@pytest.mark.slow
 def test_the_noise_depends_on_seed_and_position_alone():
     # Four prompts of different lengths that all end before position 4.
     rows = {"lengths": [4, 3, 1, 2], "positions": [0, 1, 3, 2]}

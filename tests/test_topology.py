@@ -52,6 +52,7 @@ def test_groups_stay_whole_and_nodes_are_nearly_as_even_as_can_be():
     assert (node_load.max(axis=1) / best).mean() < 1.01
 
 
+@pytest.mark.slow
 def test_a_fast_node_gets_the_heavy_groups():
     load = np.tile(np.repeat([9.0, 1, 2, 8, 1, 7], E // G), (L, 1)).astype(np.float32)
     order = np.asarray(order_of(load, jnp.array([1.0, 6.0])))

@@ -138,6 +138,7 @@ def test_bfloat16_activations_stay_near_the_float32_loss():
     assert float(narrow.nats) == pytest.approx(float(wide.nats), rel=0.02)
 
 
+@pytest.mark.slow
 def test_weight_decay_spares_the_norms():
     params = drawn_on_host(CONFIG)
     optimizer = TRAINING.optimizer()
