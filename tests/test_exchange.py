@@ -167,6 +167,7 @@ def test_padding_is_neither_sent_nor_answered(name):
         assert not np.asarray(got).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["waves", "waves of 3", "ragged", "all_gather of 4 tokens"])
 def test_a_rank_without_tokens_still_serves_the_others(name):
     tokens, weights, slots, params, cotangent = drawn(4, padding=0)

@@ -174,6 +174,7 @@ def test_experts_of_other_groups_never_slip_in():
     assert choose(merits, 3, sigmoid, bias).tolist() == [[0, 2, 1]]
 
 
+@pytest.mark.slow
 @each_config
 def test_ties_go_to_the_lowest_expert_of_the_lowest_group(config):
     bias = jnp.zeros(E) if config.selection_bias else None
@@ -209,6 +210,7 @@ def test_scores_too_small_for_float32_still_weigh_and_learn():
     np.testing.assert_allclose(gradient, [[-slope, slope, 0]], rtol=1e-4)
 
 
+@pytest.mark.slow
 @each_config
 def test_the_gradient_of_the_weights_is_the_slope_of_the_formula(config):
     generator = np.random.default_rng(5)
