@@ -236,12 +236,12 @@ def main() -> None:
         recordings, notes = read(arguments.recordings, arguments.experts_per_token)
     except RecordingError as error:
         parser.error(str(error))
+    ranks = {int(experts): number for experts, number in arguments.ranks.items()}
     console = Console(width=None if Console().is_terminal else _WIDTH)
     for name in wanted:
         if name == "costs":
             table = step_times()
         else:
-            ranks = {int(experts): number for experts, number in arguments.ranks.items()}
             given = recordings, ranks
             tokens = arguments.tokens_per_iteration
             table = held_out(*given, tokens) if name == "held-out" else speed(*given)

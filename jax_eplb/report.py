@@ -3,7 +3,7 @@
 Axes: W windows (iterations), L layers, E experts, S slots, P ranks.
 
 On the host, in float64, where a recording may hold more tokens than float32 counts one by one;
-but for the balanced split, which no division into whole tokens follows so closely.
+but for the balanced split, which is only followed to a thousandth of the mean anyway.
 """
 
 import dataclasses
@@ -14,14 +14,13 @@ import numpy as np
 from jax_eplb import metrics
 from jax_eplb.load import Recording
 from jax_eplb.placement import Placement
-from jax_eplb.split import balanced_split
+from jax_eplb.split import Split, balanced_split
 
 # Draws of `chance_imbalance`, each a few microseconds per rank: enough for the fourth digit, and
 # shared among the iterations where there are many of different size.
 _CHANCE_DRAWS = 12_800
 
 Over = Literal["ranks", "experts", "slots"]
-Split = Literal["even", "balanced"]
 
 
 def rank_tokens(

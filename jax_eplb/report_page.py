@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 from jax_eplb.load import Recording
 from jax_eplb.placement import Placement
 from jax_eplb.plot import experts_by_slot, recording_figures
-from jax_eplb.report import Split, build_report
+from jax_eplb.report import build_report
 from jax_eplb.simulate import Advice, Outcome
 from jax_eplb.simulate.plot import advice_figures
+from jax_eplb.split import Split
 
 # Enough for print at the width of a page.
 _DPI = 144

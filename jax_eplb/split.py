@@ -5,7 +5,7 @@ the W windows of a recording.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from jax_eplb.placement import Placement
+
+# "balanced" is what layers with that replica choice do, "even" what others come to.
+Split = Literal["even", "balanced"]
 
 
 def even_split(

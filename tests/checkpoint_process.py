@@ -41,11 +41,15 @@ def cut_off(folder: Path) -> None:
     checkpoints.wait()
 
 
-def save_and_restore(process: int, processes: int, port: int, folder: Path) -> None:
-    """Save with one placement and restore with another; every process checks its own part."""
+def _join(process: int, processes: int, port: int) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", RANKS // processes)
     jax.distributed.initialize(f"localhost:{port}", processes, process)
+
+
+def save_and_restore(process: int, processes: int, port: int, folder: Path) -> None:
+    """Save with one placement and restore with another; every process checks its own part."""
+    _join(process, processes, port)
 
     import numpy as np
 
@@ -71,9 +75,7 @@ def save_and_restore(process: int, processes: int, port: int, folder: Path) -> N
 
 def fail_together(process: int, processes: int, port: int, folder: Path) -> None:
     """The last process finds its disk full: all hear of it at once, and the save before stays."""
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", RANKS // processes)
-    jax.distributed.initialize(f"localhost:{port}", processes, process)
+    _join(process, processes, port)
     from jax_eplb.checkpoint import Checkpoints, array_files
     from tests.checkpoint_cases import global_bank, planned
 

@@ -12,8 +12,8 @@ from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals
 
 from jax_eplb.checkpoint.array_files import has_written
 
-# Between the first process that has written its part and the last. Orbax waits as long by default.
-_TIMEOUT_MS = 600_000
+# Between the first process that has written its part and the last; as long as Orbax's own default.
+_TIMEOUT_MS = 1_200_000
 
 
 class WrittenItemHandler(ocp.AsyncCheckpointHandler):

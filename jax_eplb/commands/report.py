@@ -12,9 +12,8 @@ from jax_eplb.commands.report_log import print_log
 from jax_eplb.commands.simulate import compare, recorded_ranks
 from jax_eplb.formats import Kind, kind_of, load_balancedness, load_placement
 from jax_eplb.load import Recording
-from jax_eplb.placement import Placement
 from jax_eplb.plot import recording_figures, save_figures
-from jax_eplb.report import Split, build_report
+from jax_eplb.report import build_report
 from jax_eplb.report_page import report_page
 from jax_eplb.simulate import recommend
 
@@ -36,7 +35,6 @@ def run(arguments: argparse.Namespace) -> None:
     placement = None
     if arguments.split is not None and arguments.load_balancer is None:
         raise ValueError("--split needs --load-balancer, the plan that it is for")
-    split = arguments.split or "even"
     if arguments.load_balancer is not None:
         num_ranks = arguments.ep_size
         if num_ranks is None:
@@ -48,20 +46,19 @@ def run(arguments: argparse.Namespace) -> None:
             layer_ids=recording.layer_ids,
             unsafe_pickle=arguments.unsafe_pickle,
         )
-    report = build_report(
-        recording,
-        num_ranks=arguments.ep_size,
-        placement=placement,
-        split=split,
-        per_expert=arguments.per_expert,
-    )
+    # What the table, the pictures and the page are of.
+    told: dict[str, Any] = {
+        "num_ranks": arguments.ep_size,
+        "placement": placement,
+        "split": arguments.split or "even",
+    }
+    report = build_report(recording, **told, per_expert=arguments.per_expert)
     files = []
     if arguments.plot is not None:
-        sizes = {"num_ranks": arguments.ep_size, "placement": placement}
-        figures = recording_figures(recording, **sizes, split=split)
+        figures = recording_figures(recording, **told)
         files += save_figures(arguments.plot, figures)
     if arguments.html is not None:
-        page = _page(recording, arguments.ep_size, placement, split)
+        page = _page(recording, told)
         arguments.html.parent.mkdir(parents=True, exist_ok=True)
         arguments.html.write_text(page, encoding="utf-8")
         files.append(arguments.html)
@@ -73,23 +70,20 @@ def run(arguments: argparse.Namespace) -> None:
         print(file)
 
 
-def _page(
-    recording: Recording, num_ranks: int | None, placement: Placement | None, split: Split
-) -> str:
-    sizes: dict[str, Any] = {"num_ranks": num_ranks, "placement": placement, "split": split}
+def _page(recording: Recording, told: dict[str, Any]) -> str:
     found = len(recording.iterations)
     if found < _LEAST_ITERATIONS:
         why = (
             f"The recording has {found} iterations; with {_LEAST_ITERATIONS} or more this page "
             "says whether balancing pays, and how."
         )
-        return report_page(recording, advice=why, **sizes)
+        return report_page(recording, advice=why, **told)
     with progress_bars(shown=sys.stderr.isatty()) as bars:
         bars.add_task("simulation", total=None)
         try:
-            advice = recommend(recording, num_ranks=num_ranks or recorded_ranks(recording))
+            advice = recommend(recording, num_ranks=told["num_ranks"] or recorded_ranks(recording))
             compared = compare(advice)
         except ValueError as error:
             why = f"The simulator cannot replay this recording: {error}"
-            return report_page(recording, advice=why, **sizes)
-    return report_page(recording, advice=advice, compared=compared, **sizes)
+            return report_page(recording, advice=why, **told)
+    return report_page(recording, advice=advice, compared=compared, **told)

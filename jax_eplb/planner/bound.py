@@ -4,7 +4,6 @@ Axes: L layers, E experts, S slots, P ranks.
 """
 
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from jaxtyping import Array, Float
 from jax_eplb.placement import check_sizes
 from jax_eplb.planner.dual_feasible import raise_by_functions
 from jax_eplb.planner.pair_functions import raise_by_mixtures
+from jax_eplb.split import Split
 
 
 @functools.partial(jax.jit, static_argnames=("num_slots", "num_ranks", "split", "simple"))
@@ -21,7 +21,7 @@ def lower_bound(
     *,
     num_slots: int,
     num_ranks: int,
-    split: Literal["even", "balanced"] = "even",
+    split: Split = "even",
     capacity: Float[Array, "P"] | None = None,
     simple: bool = False,
 ) -> Float[Array, "L"]:

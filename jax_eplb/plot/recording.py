@@ -6,7 +6,8 @@ from jax_eplb.load import Recording
 from jax_eplb.placement import Placement
 from jax_eplb.plot.heat_maps import tokens_by_iteration, tokens_by_layer
 from jax_eplb.plot.imbalance import before_after, tokens_per_rank
-from jax_eplb.report import Split, chance_by_layer, rank_tokens
+from jax_eplb.report import chance_by_layer, rank_tokens
+from jax_eplb.split import Split
 
 
 def recording_figures(
