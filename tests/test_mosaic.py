@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_eplb import expert_mesh
 from jax_eplb.kernels import ACTIVATIONS, grouped_matmul
-from jax_eplb.kernels.mosaic import mosaic
+from jax_eplb.kernels.mosaic import _tiles, mosaic
 from jax_eplb.kernels.mosaic_gradient import mosaic_weight_gradient
 from jax_eplb.kernels.mosaic_kernel import mosaic_product
 from jax_eplb.kernels.mosaic_tiles import Tiles
@@ -91,6 +91,22 @@ def test_what_it_cannot_take_is_refused_with_what_it_takes(rows, weights, activa
         )
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "num_groups", "width", "gated", "block"),
+    [
+        (1024, 36, 2048, False, (64, 256)),  # 28 rows a group
+        (32768, 36, 2048, False, (128, 256)),  # 17 rounds of 256 columns, or 23 of 192
+        (2048, 9, 2048, False, (128, 192)),  # two rounds of either
+        (2048, 9, 4096, True, (128, 256)),  # gate and up need halves of 64
+    ],
+)
+def test_tiles_are_short_for_few_rows_and_narrow_where_rounds_would_be_half_empty(
+    num_rows, num_groups, width, gated, block
+):
+    tiles = _tiles(num_rows, num_groups, width, gated, num_blocks=132)
+    assert (tiles.block_m, tiles.block_n) == block
+
+
 def interpreted(*, detect_races: bool):
     if jax.default_backend() == "gpu":
         return contextlib.nullcontext()
@@ -123,8 +139,14 @@ def each_group():
 @can_interpret
 @pytest.mark.parametrize(
     ("tiles", "width"),
-    [(Tiles(64), 64), (Tiles(64), 384), (Tiles(128), 192), (Tiles(128, pair=True), 384)],
-    ids=["narrow", "short", "tall", "pair"],
+    [
+        (Tiles(64), 64),
+        (Tiles(64), 384),
+        (Tiles(128), 192),
+        (Tiles(128, pair=True), 384),
+        (Tiles(128, 192, pair=True), 320),
+    ],
+    ids=["one", "short", "tall", "pair", "narrow pair"],
 )
 def test_interpreted_the_products_are_numpys(tiles, width):
     rows, weights, grad = drawn(width)

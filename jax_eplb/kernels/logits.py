@@ -29,7 +29,9 @@ def logits(tokens: Float[Array, "T D"], router: Float[Array, "D E"]) -> Float[Ar
 
         return by_row_blocks(product, tokens)
 
-    if tokens.dtype != jnp.bfloat16 or not _multiplies_bfloat16():
+    # XLA makes a product with a vector of its own, which leaves the smaller parts out.
+    of_vector = 1 in (tokens.shape[0], router.shape[1])
+    if tokens.dtype != jnp.bfloat16 or of_vector or not _multiplies_bfloat16():
         return in_full(tokens, router)
     arrays = equally_varying((tokens, router))
     return lax.platform_dependent(*arrays, cuda=in_parts, default=in_full)
