@@ -70,15 +70,34 @@ def read_replays(paths: list[str], top_k_of: dict[int, int]) -> Iterator[Replay]
             experts = recording.num_experts
             if experts not in top_k_of:
                 continue
-            if not recording.shuffled:  # counts
+            if recording.shuffled:
+                yield _replay_of_trace(path, experts)
+            else:
                 top_k = top_k_of[experts]
                 yield Replay(recording.name, experts, top_k, recording.windows, None)
-                continue
-            with np.load(path) as file:
-                ids = file["expert_ids"].astype(np.int64)
-            windows = np.array_split(ids, min(len(ids), 4 * _WINDOWS))
-            counts = np.stack([count_ids(window, experts) for window in windows])
-            yield Replay(Path(path).stem, experts, ids.shape[2], counts, ids)
+
+
+def read_traces(paths: list[str]) -> Iterator[Replay]:
+    """The token trace, `expert_ids`, of each file.
+
+    Raises RecordingError where a file is no recording or has no trace.
+    """
+    for path in paths:
+        recordings, _ = read_recordings([path], least_windows=_WINDOWS, any_experts=True)
+        traces = [recording for recording in recordings if recording.shuffled]
+        if not traces:
+            raise RecordingError(
+                f"{path} has counts alone; give a trace, expert_ids [tokens, L, K]"
+            )
+        yield _replay_of_trace(path, traces[0].num_experts)
+
+
+def _replay_of_trace(path: str, num_experts: int) -> Replay:
+    with np.load(path) as file:
+        ids = file["expert_ids"].astype(np.int64)
+    windows = np.array_split(ids, min(len(ids), 4 * _WINDOWS))
+    counts = np.stack([count_ids(window, num_experts) for window in windows])
+    return Replay(Path(path).stem, num_experts, ids.shape[2], counts, ids)
 
 
 def count_ids(expert_ids: np.ndarray, num_experts: int) -> np.ndarray:

@@ -193,7 +193,7 @@ def score(policy: str, counts: np.ndarray, placement: Placement) -> tuple[np.nda
     ranks = Ranks("expert", placement.num_ranks, placement.slots_per_rank)
     largest, stays = [], 0
     for layer, tables in enumerate(_layers(placement)):
-        found = np.asarray(_all_shares(policy, ranks)(counts[layer], tables), np.int64)
+        found = np.asarray(all_shares(policy, ranks)(counts[layer], tables), np.int64)
         by_rank = found.reshape(*found.shape[:2], ranks.num_ranks, -1).sum(axis=-1)  # [W, P, P]
         largest.append(by_rank.sum(axis=1).max(axis=1))
         stays += by_rank.trace(axis1=1, axis2=2).sum()
@@ -207,7 +207,7 @@ def _layers(placement: Placement):
 
 
 @functools.cache
-def _all_shares(policy: str, ranks: Ranks) -> Callable:
+def all_shares(policy: str, ranks: Ranks) -> Callable:
     """From counts [W, P, E] of a layer to what each rank sends to each slot, [W, P, S].
 
     One after the other, so that a kernel runs as it does in a layer.

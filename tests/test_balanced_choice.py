@@ -73,7 +73,8 @@ def test_no_token_is_lost_and_the_fullest_rank_is_a_linear_programmes(batch):
 
 @pytest.mark.slow
 @given(batches)
-def test_tokens_stay_where_they_are_as_far_as_the_quotas_go(batch):
+def test_where_it_saves_tokens_stay_where_they_are_as_far_as_the_quotas_go(batch):
+    batch = batch._replace(ranks=batch.ranks._replace(prefers_near=True))
     found, per_rank = divided(batch), batch.ranks.slots_per_rank
     quota = found.sum(axis=0)
     for rank, expert in itertools.product(*map(range, batch.counts.shape)):
@@ -88,6 +89,35 @@ def test_tokens_stay_where_they_are_as_far_as_the_quotas_go(batch):
         near = held[held // per_rank // per_node == rank // per_node]
         tokens = batch.counts[ranks, expert].sum(dtype=np.int64)
         assert found[np.ix_(ranks, near)].sum() == min(tokens, quota[near].sum())
+
+
+@pytest.mark.slow
+@given(batches)
+def test_else_each_slot_gets_about_the_same_part_of_every_ranks_tokens(batch):
+    found = divided(batch)
+    tokens = batch.counts.sum(axis=0, dtype=np.int64)
+    for slot, expert in enumerate(batch.table):
+        if expert == tokens.size or not tokens[expert]:
+            continue
+        part = found[:, slot].sum() / tokens[expert]
+        own = batch.counts[:, expert]
+        # The ends of a slot's quota lie within two bands; each holds up to a token more.
+        assert (np.abs(found[:, slot] - part * own) <= own / 4 + len(own) + 2).all()
+
+
+@pytest.mark.slow
+def test_pairs_of_ranks_exchange_alike_where_domains_differ():
+    """Two replicas of each expert; each rank's tokens are of other experts."""
+    ranks = 8
+    table = np.stack([np.arange(ranks), np.roll(np.arange(ranks), -1)], axis=1).reshape(-1)
+    generator = np.random.default_rng(0)
+    counts = generator.multinomial(8000, generator.dirichlet(np.full(ranks, 8.0), ranks))
+    batch = Batch(counts.astype(np.int32), table, Ranks("expert", ranks, 2))
+    near = batch._replace(ranks=batch.ranks._replace(prefers_near=True))
+    alike, stays = (divided(b).reshape(ranks, ranks, -1).sum(axis=2) for b in (batch, near))
+    np.testing.assert_array_equal(alike.sum(axis=0), stays.sum(axis=0))  # the same quotas
+    assert alike.max() < 0.7 * stays.max()
+    assert np.trace(stays) > 1.5 * np.trace(alike)
 
 
 @pytest.mark.slow
@@ -137,10 +167,11 @@ def test_ranks_get_tokens_in_proportion_to_their_speeds_as_far_as_replicas_allow
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[4]])  # without nodes, and with them
 def test_the_kernel_and_plain_jax_agree_to_the_token(shape):
-    for seed in range(4):
+    for seed in range(6):
         batch = draw_batch(shape, seed)
         if seed % 2:
             batch = batch._replace(capacity=np.linspace(0.3, 1.0, batch.ranks.num_ranks))
+        batch = batch._replace(ranks=batch.ranks._replace(prefers_near=seed % 3 == 0))
         kernel = interpreted(batch.ranks)
         np.testing.assert_array_equal(shares(kernel, batch, own_counts=False), divided(batch))
 

@@ -8,9 +8,9 @@ from jax_eplb.moe.exchange import IMPLEMENTATIONS, ExchangeSizes
 from jax_eplb.placement import check_sizes
 from jax_eplb.routing import POLICIES, Ranks, RouterConfig
 
-# Rows of a pair of ranks: chance moves a larger share by less than a quarter, at four standard
-# deviations.
-_LARGE_SHARE, _SNUG = 1024, 1.25
+# Rows that a rank sends another, in even shares. Chance moves a large share by less than an eighth,
+# at four standard deviations; what domains move it by, the others nearly always cover.
+_LARGE_SHARE, _BUFFERS_OF_LARGE, _BUFFERS = 1024, (1.125, 1.5, 2.0), (2.0,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,9 @@ class MoEConfig:
         return self.hidden_dim * (2 if activation_named(self.activation).gated else 1)
 
     def ranks(self, axis_name: str) -> Ranks:
-        return Ranks(axis_name, self.num_ranks, self.slots_per_rank, self.ranks_per_node)
+        # Other exchanges send their buffers whole.
+        near = self.exchange == "ragged"
+        return Ranks(axis_name, self.num_ranks, self.slots_per_rank, self.ranks_per_node, near)
 
     def exchange_sizes(self, num_tokens: int) -> ExchangeSizes:
         """How much travels at once, for a batch of T tokens a rank."""
@@ -100,12 +102,11 @@ class MoEConfig:
             return ExchangeSizes(self.exchange, (capacity,), in_waves=capacity < whole)
         if self.exchange != "waves":
             return ExchangeSizes(self.exchange, (whole,), in_waves=False)
-        # Buffers travel whole, so a large batch tries a snug one first. Twice the even share nearly
-        # always does; where it does not, all of it goes at once.
+        # Buffers travel whole, so a large batch tries snug ones first. Where none does, all of it
+        # goes at once.
         share = num_tokens * self.experts_per_token / self.num_ranks
-        sizes = [max(64, math.ceil(2 * share))]
-        if share >= _LARGE_SHARE:
-            sizes.insert(0, math.ceil(_SNUG * share))
+        buffers = _BUFFERS_OF_LARGE if share >= _LARGE_SHARE else _BUFFERS
+        sizes = [max(64, math.ceil(shares * share)) for shares in buffers]
         capacities = (*(size for size in sizes if size < whole), whole)
         return ExchangeSizes(self.exchange, capacities, in_waves=False)
 

@@ -10,7 +10,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jax_eplb.routing.balanced_kernel import MAX_REPLICATED_SLOTS, kernel_share
-from jax_eplb.routing.leveling import NodeSupply, Supply, describe, own_share, whole_quota
+from jax_eplb.routing.leveling import (
+    BANDS,
+    NodeSupply,
+    Supply,
+    alike_share,
+    band_start,
+    describe,
+    near_share,
+    whole_quota,
+)
 from jax_eplb.routing.ranks import Ranks
 from jax_eplb.tables import PlacementTables
 
@@ -23,9 +32,10 @@ def balanced(
     The ranks tell each other their counts, P·E integers. From these each one works out the same
     division and reads off its own part, so that no more needs to be said. Of all divisions of the
     batch the fullest rank of this one is the lightest, within about a thousandth of the mean or a
-    token; and among the ways to fill it, tokens stay on their rank, or else on their node, as far
-    as that costs no balance. A slower rank counts as fuller by the tables' `handicap`. The batch,
-    of all ranks, must have fewer than 2^31 choices.
+    token. Among the ways to fill it, each slot gets about the same part of every rank's tokens, so
+    that what one rank sends another fits small buffers; or, where `ranks.prefers_near`, tokens stay
+    on their rank, or else on their node, as far as that costs no balance. A slower rank counts as
+    fuller by the tables' `handicap`. The batch, of all ranks, must have fewer than 2^31 choices.
 
     The ranks agree because they run the same program on the same numbers, on devices of one kind.
     Were their floats to differ, a rank would send a few tokens elsewhere than the others expect,
@@ -47,7 +57,7 @@ def balanced_share(
     >>> counts, ranks = jnp.array([[4, 1, 1], [2, 0, 2]]), Ranks("expert", 2, 2)
     >>> share = jax.jit(balanced_share, static_argnames="ranks")
     >>> [share(counts, tables, jnp.int32(rank), ranks=ranks).tolist() for rank in range(2)]
-    [[4, 1, 1, 0], [0, 0, 2, 2]]
+    [[3, 1, 1, 1], [1, 0, 2, 1]]
     """
     if len(tables.leveling) != len(tables.replicated_slots):
         raise ValueError(
@@ -90,10 +100,20 @@ def plain_share(
     slot_tokens, slot_fixed = pick(tokens, expert), pick(fixed, rank_of_slot)
     quota = whole_quota(slot_tokens, slot_fixed, mean, tables.leveling, replicas)
 
-    from_rank = jnp.arange(ranks.num_ranks, dtype=jnp.int32)[:, None]
-    before = jnp.where(from_rank < rank, counts, 0)
+    is_before = (jnp.arange(ranks.num_ranks) < rank)[:, None]
+    own = pick(counts[rank], expert)
+    if not ranks.prefers_near:
+        bands = [
+            jnp.where(is_before, band_start(counts, band + 1), band_start(counts, band))
+            for band in range(BANDS)
+        ]
+        before = [pick(band.sum(axis=0, dtype=jnp.int32), expert) for band in bands]
+        replicated = alike_share(quota, own, before, replicas)
+        return share.at[slot].set(replicated, mode="drop", unique_indices=True)
+
+    before = jnp.where(is_before, counts, 0)
     supply = Supply(
-        own=pick(counts[rank], expert),
+        own=own,
         before=pick(before.sum(axis=0, dtype=jnp.int32), expert),
         there=pick(counts, rank_of_slot, expert),
     )
@@ -101,12 +121,13 @@ def plain_share(
     if ranks.ranks_per_node is not None:
         per_node = ranks.ranks_per_node
         by_node = counts.reshape(-1, per_node, tokens.size).sum(axis=1, dtype=jnp.int32)
-        near_before = jnp.where(from_rank // per_node == rank // per_node, before, 0)
+        node_of_rank = jnp.arange(ranks.num_ranks, dtype=jnp.int32)[:, None] // per_node
+        near_before = jnp.where(node_of_rank == rank // per_node, before, 0)
         near = NodeSupply(
             node=jnp.where(used, rank_of_slot // per_node, alone),
             own_node=rank // per_node,
             before=pick(near_before.sum(axis=0, dtype=jnp.int32), expert),
             there=pick(by_node, rank_of_slot // per_node, expert),
         )
-    replicated = own_share(quota, supply, near, rank, replicas)
+    replicated = near_share(quota, supply, near, rank, replicas)
     return share.at[slot].set(replicated, mode="drop", unique_indices=True)

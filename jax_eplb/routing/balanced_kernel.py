@@ -7,6 +7,7 @@ takes as long as a dozen of them. The matrix of the division stays in registers.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,14 @@ from jaxtyping import Array, Int
 from jax_eplb.kernels.top_k_sort_kernels import power_of_two
 from jax_eplb.kernels.varying import equally_varying
 from jax_eplb.routing.leveling import (
+    BANDS,
     NodeSupply,
     Replicas,
     Supply,
+    alike_share,
+    band_start,
     describe,
-    own_share,
+    near_share,
     total,
     whole_quota,
 )
@@ -57,12 +61,12 @@ def kernel_share(
         lax.stop_gradient(tables.handicap),
     )
     inputs = equally_varying(inputs)
-    varying = jax.typeof(inputs[0]).manual_axis_type
+    varying = {"manual_axis_type": jax.typeof(inputs[0]).manual_axis_type}
     share, _ = pl.pallas_call(
         functools.partial(_kernel, ranks=ranks, interpret=interpret),
         out_shape=(
-            jax.ShapeDtypeStruct((num_slots,), jnp.int32, manual_axis_type=varying),
-            jax.ShapeDtypeStruct((3, num_experts), jnp.int32, manual_axis_type=varying),
+            jax.ShapeDtypeStruct((num_slots,), jnp.int32, **varying),
+            jax.ShapeDtypeStruct((_num_sums(ranks), num_experts), jnp.int32, **varying),
         ),
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=interpret,
@@ -105,33 +109,36 @@ def _kernel(
     expert_beside = _load(expert_ref, beside, is_beside)
     is_filled = is_beside & (expert_beside < num_experts)
     is_single = is_filled & (_load(replicas_ref, expert_beside, is_filled) == 1)
-    there = _load_two(counts_ref, rank_of_slot, expert, used)
+    there = _load_two(counts_ref, rank_of_slot, expert, used) if ranks.prefers_near else None
     leveling = leveling_ref[...]
     handicap = _load(handicap_ref, rank_of_slot, used)
 
-    sums = _add_up(counts_ref, rank, per_node)
+    sums = _add_up(counts_ref, rank, ranks)
     each = lax.iota(jnp.int32, power_of_two(num_experts))
     for row, values in enumerate(sums):
         plgpu.store(sums_ref.at[row, each], values, mask=each < num_experts)
     if not interpret:
         plgpu.debug_barrier()  # other threads read what was stored
 
-    tokens, before, near_before = (_load_row(sums_ref, row, expert, used) for row in range(3))
+    tokens, *before = (_load_row(sums_ref, row, expert, used) for row in range(len(sums)))
     fixed = _load_row(sums_ref, 0, expert_beside, is_single).sum(axis=1, dtype=jnp.int32)
     mean = sums[0].sum(dtype=jnp.int32).astype(jnp.float32) / num_ranks
     fixed = fixed + (handicap * mean).astype(jnp.int32)
     replicas = _laid_out_like(leveling, describe(expert, rank_of_slot))
     quota = whole_quota(tokens, fixed, mean, leveling, replicas)
 
-    near = None
-    if per_node is not None:
-        node = jnp.where(used, lax.div(rank_of_slot, jnp.int32(per_node)), alone)
-        on_node = jnp.zeros_like(node)
-        for i in range(per_node):
-            on_node = on_node + _load_two(counts_ref, node * per_node + i, expert, used)
-        near = NodeSupply(node, lax.div(rank, jnp.int32(per_node)), near_before, on_node)
     own = _load_row(counts_ref, rank, expert, used)
-    share = own_share(quota, Supply(own, before, there), near, rank, replicas)
+    if there is None:
+        share = alike_share(quota, own, before, replicas)
+    else:
+        near = None
+        if per_node is not None:
+            node = jnp.where(used, lax.div(rank_of_slot, jnp.int32(per_node)), alone)
+            on_node = jnp.zeros_like(node)
+            for i in range(per_node):
+                on_node = on_node + _load_two(counts_ref, node * per_node + i, expert, used)
+            near = NodeSupply(node, lax.div(rank, jnp.int32(per_node)), before[1], on_node)
+        share = near_share(quota, Supply(own, before[0], there), near, rank, replicas)
     plgpu.store(share_ref.at[slot], share, mask=used)
 
     every = lax.iota(jnp.int32, power_of_two(num_slots))
@@ -161,14 +168,30 @@ def _laid_out_like(loaded, replicas: Replicas) -> Replicas:
     )
 
 
-def _add_up(counts_ref, rank, per_node):
-    """Tokens of each expert: all, those on the ranks before, and those of these on the node."""
+def _num_sums(ranks: Ranks) -> int:
+    return 3 if ranks.prefers_near else 1 + BANDS
+
+
+def _add_up(counts_ref, rank, ranks: Ranks):
+    """Tokens of each expert: all, and what comes before this rank's: of each band of them.
+
+    Or, where they are to stay near: on the ranks before, and on those of these on its node.
+    """
     num_ranks, num_experts = counts_ref.shape
+    per_node = ranks.ranks_per_node
     each = lax.iota(jnp.int32, power_of_two(num_experts))
     first_near = jnp.int32(0) if per_node is None else lax.div(rank, jnp.int32(per_node)) * per_node
 
+    def parts(row, values):
+        is_before = row < rank
+        if not ranks.prefers_near:
+            starts = [band_start(values, band) for band in range(BANDS + 1)]
+            bands = itertools.pairwise(starts)
+            return [values, *(jnp.where(is_before, end, start) for start, end in bands)]
+        before = jnp.where(is_before, values, 0)
+        return [values, before, jnp.where(row >= first_near, before, 0)]
+
     def add(chunk, sums):
-        tokens, before, near_before = sums
         start = chunk * _ROWS
         # All loads of a chunk are on their way at once.
         rows = [
@@ -176,14 +199,11 @@ def _add_up(counts_ref, rank, per_node):
             for i in range(_ROWS)
         ]
         for i, values in enumerate(rows):
-            tokens = tokens + values
-            before = before + jnp.where(start + i < rank, values, 0)
-            is_near = (start + i < rank) & (start + i >= first_near)
-            near_before = near_before + jnp.where(is_near, values, 0)
-        return tokens, before, near_before
+            sums = [sum(pair) for pair in zip(sums, parts(start + i, values), strict=True)]
+        return sums
 
-    zeros = jnp.zeros(each.shape, jnp.int32)
-    return lax.fori_loop(0, pl.cdiv(num_ranks, _ROWS), add, (zeros, zeros, zeros))
+    zeros = [jnp.zeros(each.shape, jnp.int32)] * _num_sums(ranks)
+    return lax.fori_loop(0, pl.cdiv(num_ranks, _ROWS), add, zeros)
 
 
 def _load(ref, index, mask):

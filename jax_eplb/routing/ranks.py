@@ -10,3 +10,6 @@ class Ranks(NamedTuple):
     num_ranks: int  # P
     slots_per_rank: int  # N
     ranks_per_node: int | None = None  # None: all on one node
+    # Whether a row that stays on its rank or node costs less than one that travels. Not where
+    # buffers travel whole: then what one rank sends another should rather be alike for all pairs.
+    prefers_near: bool = False

@@ -1,0 +1,126 @@
+"""What one rank sends another, by replica choice: the fullest pair of ranks decides the buffers.
+
+    python -m benchmarks.pairs --recordings TRACE.npz [--ranks P] [--tokens T] [--json]
+
+Each file holds a token trace, `expert_ids` [tokens, L, K]. Its first half is planned for, with two
+more slots on each rank; batches of its second half are dealt to the ranks in their order, so that
+each rank has texts, and experts, of its own. "Pair" is the most that any rank sends any other (or
+itself), in even shares of T·K/P rows: the mean of layers and batches, and the largest.
+
+Axes: L layers, P ranks, T tokens of a rank, K choices of a token, E experts, S slots.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from benchmarks.machine import describe
+from benchmarks.replayed_routing import Replay, count_ids, read_traces
+from benchmarks.replica_choice import all_shares
+from benchmarks.setting import EFFORTS
+from benchmarks.tables import Column, Table
+from jax_eplb.placement import fewest_slots
+from jax_eplb.planner import plan
+from jax_eplb.routing import Ranks
+
+_LAYERS = 4  # of the recording, evenly spaced
+_MORE_SLOTS = 2  # of a rank
+# Name, replica choice, what the plan is made for, whether tokens should stay near.
+VARIANTS = (
+    ("even", "even", "even", False),
+    ("balanced, near", "balanced", "balanced", True),
+    ("balanced", "balanced", "balanced", False),
+)
+COLUMNS = [
+    Column("recording", "recording"),
+    Column("ranks", "ranks", 0),
+    Column("tokens", "tokens a rank", 0),
+    Column("policy", "replica choice"),
+    Column("imbalance", "imbalance", 3),
+    Column("pair", "pair, mean", 2),
+    Column("fullest_pair", "fullest", 2),
+    Column("stays", "stays on its rank", 2),
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.pairs",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--recordings", nargs="+", required=True, metavar="TRACE.npz")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8], metavar="P")
+    parser.add_argument("--tokens", type=int, default=32768, help="of a batch, all ranks (32768)")
+    parser.add_argument("--batches", type=int, default=2, help="of each recording (2)")
+    parser.add_argument("--effort", choices=EFFORTS, default="default", help="of the planner")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    given = parser.parse_args(arguments)
+    rows = [
+        row
+        for replay in read_traces(given.recordings)
+        for num_ranks in given.ranks
+        for row in measure(replay, num_ranks, given.tokens, given.batches, given.effort)
+    ]
+    if given.json:
+        print(json.dumps({"machine": describe(), "rows": rows}, indent=1))
+        return
+    Console(width=120).print(Table("What one rank sends another", COLUMNS, rows).as_rich())
+
+
+def measure(
+    replay: Replay, num_ranks: int, num_tokens: int, num_batches: int, effort: str
+) -> Iterator[dict[str, Any]]:
+    """A row for each variant; `num_tokens` are of all ranks together."""
+    chosen = np.linspace(0, replay.counts.shape[1] - 1, _LAYERS).round().astype(int)
+    seen = replay.counts[: len(replay.counts) // 2, chosen]
+    num_slots = fewest_slots(replay.num_experts + _MORE_SLOTS * num_ranks, num_ranks)
+    counts = np.stack(
+        [
+            _by_rank(replay.batch(chosen, num_tokens, batch, num_batches), replay, num_ranks)
+            for batch in range(num_batches)
+        ],
+        axis=1,
+    )  # [L, batches, P, E]
+    for name, policy, split, prefers_near in VARIANTS:
+        placement = plan(seen, num_slots, num_ranks, split=split, effort=effort).placement
+        ranks = Ranks("expert", num_ranks, placement.slots_per_rank, prefers_near=prefers_near)
+        tables = placement.tables(with_leveling=True)
+        share = all_shares(policy, ranks)
+        found = np.stack(
+            [
+                share(counts[layer], jax.tree.map(lambda table: table[layer], tables))  # noqa: B023
+                for layer in range(_LAYERS)
+            ]
+        )  # [L, batches, P, S]
+        pairs = found.reshape(*found.shape[:3], num_ranks, -1).sum(axis=-1)  # [L, batches, P, P]
+        loads, fullest = pairs.sum(axis=2), pairs.max(axis=(2, 3))
+        even_share = counts.sum(axis=(2, 3)) / num_ranks**2
+        yield {
+            "recording": replay.name,
+            "ranks": num_ranks,
+            "slots": num_slots,
+            "tokens": num_tokens // num_ranks,
+            "policy": name,
+            "imbalance": float((loads.max(axis=-1) / loads.mean(axis=-1) - 1).mean()),
+            "pair": float((fullest / even_share).mean()),
+            "fullest_pair": float((fullest / even_share).max()),
+            "stays": float(pairs.trace(axis1=2, axis2=3).sum() / pairs.sum()),
+        }
+
+
+def _by_rank(ids: np.ndarray, replay: Replay, num_ranks: int) -> np.ndarray:
+    """int32[L, P, E] from ids [L, T of all ranks, K], dealt to the ranks in their order."""
+    of_ranks = np.array_split(ids.swapaxes(0, 1), num_ranks)
+    return np.stack([count_ids(part, replay.num_experts) for part in of_ranks], axis=1).astype(
+        np.int32
+    )
+
+
+if __name__ == "__main__":
+    main()
