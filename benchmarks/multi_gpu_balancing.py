@@ -68,6 +68,13 @@ class Prepared(NamedTuple):
     tables: PlacementTables
 
 
+class Batch(NamedTuple):
+    """Tokens on the mesh, and the experts that they are for."""
+
+    expert_ids: np.ndarray  # [L, T of all ranks, K]
+    tokens: jax.Array  # [L, T of all ranks, D]
+
+
 def measure_balancing(
     mesh: Mesh,
     replays: Sequence[Replay],
@@ -92,26 +99,20 @@ def measure_balancing(
             prepared = dict(zip(VARIANTS, pool.map(prepare, VARIANTS), strict=True))
         for num_tokens in batches:
             total = num_tokens * mesh.shape[AXIS]
-            uniform = replay.uniform(_LAYERS, total)
-            drawn = [replay.batch(chosen, total, window, windows) for window in range(windows)]
-            shown = {variant: uniform if variant.uniform else drawn[0] for variant in VARIANTS}
+            uniform = _batch(replay.uniform(_LAYERS, total), kept, mesh, dtype)
             compiled = compile_all(
                 {
-                    variant: (
-                        found.step,
-                        (found.params, found.tables, _tokens(ids, kept, mesh, dtype)),
-                    )
-                    for (variant, found), ids in zip(prepared.items(), shown.values(), strict=True)
+                    variant: (found.step, (found.params, found.tables, uniform.tokens))
+                    for variant, found in prepared.items()
                 }
             )
             times = []
-            for skewed in drawn:
+            for window in range(windows):
+                skewed = _batch(replay.batch(chosen, total, window, windows), kept, mesh, dtype)
                 calls, imbalance = {}, {}
                 for variant, (_, params, tables) in prepared.items():
-                    ids = uniform if variant.uniform else skewed
-                    call = functools.partial(
-                        compiled[variant], params, tables, _tokens(ids, kept, mesh, dtype)
-                    )
+                    ids, tokens = uniform if variant.uniform else skewed
+                    call = functools.partial(compiled[variant], params, tables, tokens)
                     imbalance[variant] = _imbalance(call(), ids, f"{replay.name}, {variant.name}")
                     calls[variant] = functools.partial(burst_ms, call, bursts=1)
                 found = in_turn(calls, rounds)
@@ -140,8 +141,8 @@ def _prepare(
     return Prepared(separate_layers(config, mesh), params, place_tables(placement, config, mesh))
 
 
-def _tokens(ids: np.ndarray, kept: np.ndarray, mesh: Mesh, dtype) -> jax.Array:
-    return place_tokens(tokens_for(ids, kept), mesh, dtype)
+def _batch(ids: np.ndarray, kept: np.ndarray, mesh: Mesh, dtype) -> Batch:
+    return Batch(ids, place_tokens(tokens_for(ids, kept), mesh, dtype))
 
 
 def _imbalance(counts, ids: np.ndarray, case: str) -> float:
