@@ -39,9 +39,14 @@ def emulated(monkeypatch):
         monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
 
 
-def times_slot_weights(rows, weights, group_sizes):
+@pytest.fixture(autouse=True)
+def exact():
     with jax.default_matmul_precision("highest"):  # a GPU would round to TF32
-        return grouped_matmul(rows, weights, group_sizes, implementation="blocked")
+        yield
+
+
+def times_slot_weights(rows, weights, group_sizes):
+    return grouped_matmul(rows, weights, group_sizes, implementation="blocked")
 
 
 def order_of(slots):
