@@ -54,11 +54,13 @@ class Effects:
             self._recent[position].clear()
             self._open[position] = dataclasses.replace(update, imbalance_before=before)
         self._coming = [c for c in self._coming if c[1].step > iteration]
-        for position, value in enumerate(metrics.imbalance(rank_tokens, capacity)):
-            if rank_tokens[position].any():
-                self._recent[position].append(float(value))
-            if len(self._recent[position]) == _WINDOW:
-                yield from self._close(position)
+        imbalance = metrics.imbalance(rank_tokens, capacity).tolist()
+        has_tokens = rank_tokens.any(axis=1).tolist()
+        for recent, value, counts in zip(self._recent, imbalance, has_tokens, strict=True):
+            if counts:
+                recent.append(value)
+        for position in [p for p in self._open if len(self._recent[p]) == _WINDOW]:
+            yield from self._close(position)
 
     def close(self) -> Iterator[LayerUpdate]:
         """The updates in force whose effect was measured in part, or not at all."""

@@ -154,7 +154,7 @@ class Worker:
 
     def _hear(self, iteration: int, by_rank: np.ndarray) -> None:
         capacity = self.state.capacity
-        imbalance = tuple(float(x) for x in metrics.imbalance(by_rank, capacity))
+        imbalance = tuple(metrics.imbalance(by_rank, capacity).tolist())
         self._tell(StepSeen(iteration, imbalance, self.served.layer_ids, int(by_rank.sum())))
         for update in self._effects.measure(iteration, by_rank, capacity):
             self._tell_of(update)
