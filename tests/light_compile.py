@@ -46,10 +46,10 @@ def set_light(light: bool) -> None:
 
 
 @contextlib.contextmanager
-def light_compile() -> Iterator[None]:
-    """What is compiled first inside the block is compiled lightly, and stays so."""
+def light_compile(light: bool = True) -> Iterator[None]:
+    """What is compiled first inside the block is compiled lightly, or not, and stays so."""
     before = is_light()
-    set_light(True)
+    set_light(light)
     try:
         yield
     finally:

@@ -8,13 +8,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
-from jax_eplb import Placement
 from jax_eplb.routing import Ranks
-from jax_eplb.tables import PlacementTables, derive_tables
+from jax_eplb.tables import PlacementTables, derive_tables, max_replicas
 from tests.light_compile import light_compile
 from tests.placement_cases import random_table, seeds
 
@@ -39,18 +37,22 @@ class Batch(NamedTuple):
     @property
     def tables(self) -> PlacementTables:
         """Those of the one layer."""
-        table = jnp.asarray(self.table[None], jnp.int32)
-        placement = Placement(table, self.counts.shape[1], self.ranks.num_ranks, (0,))
         capacity = np.ones(len(self.counts)) if self.capacity is None else self.capacity
+        table, capacity = np.asarray(self.table[None], np.int32), np.asarray(capacity, np.float32)
         with light_compile():
-            return derive_tables(
-                table,
-                num_experts=placement.num_experts,
-                num_ranks=placement.num_ranks,
-                max_replicas=placement.max_replicas,
-                with_leveling=True,
-                capacity=np.asarray(capacity, np.float32),
-            ).of_layer(0)
+            return _tables_of(table, capacity, self.counts.shape[1], self.ranks.num_ranks)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _tables_of(table, capacity, num_experts: int, num_ranks: int) -> PlacementTables:
+    return derive_tables(
+        table,
+        num_experts=num_experts,
+        num_ranks=num_ranks,
+        max_replicas=max_replicas(num_experts, table.size, num_ranks),
+        with_leveling=True,
+        capacity=capacity,
+    ).of_layer(0)
 
 
 def draw_batch(shape, seed: int) -> Batch:
@@ -82,9 +84,9 @@ def compiled(policy: Callable, ranks: Ranks | None = None) -> Callable:
 
 def shares(call: Callable, batch: Batch, *, own_counts: bool = True) -> np.ndarray:
     """int64[P, S]: what each rank sends to each slot, from its own counts or from all."""
-    tables, counts = batch.tables, jnp.asarray(batch.counts)
+    tables, counts = batch.tables, batch.counts
     given = [counts[rank] if own_counts else counts for rank in range(len(counts))]
-    return np.array([call(c, tables, jnp.int32(r)) for r, c in enumerate(given)], np.int64)
+    return np.array([call(c, tables, np.int32(r)) for r, c in enumerate(given)], np.int64)
 
 
 def check_shares(found: np.ndarray, batch: Batch) -> None:

@@ -140,6 +140,7 @@ def test_tiny_problems_are_mostly_solved():
     assert (found / best).mean() < 1.02
 
 
+@pytest.mark.slow
 def test_more_rounds_or_moves_do_not_recompile():
     scenarios = scenarios_of(0)
     start = start_of(scenarios)

@@ -24,6 +24,8 @@ from tests.replica_choice_cases import (
     shares,
 )
 
+pytestmark = pytest.mark.light_compile
+
 
 def divided(batch: Batch) -> np.ndarray:
     """int64[P, S]."""

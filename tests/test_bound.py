@@ -136,12 +136,14 @@ def test_no_placement_beats_the_bound_of_windows(split):
     assert (found >= bound(shares.sum(0), 6, 3, split=split) - 1e-5).all()
 
 
+@pytest.mark.slow
 def test_windows_alike_are_one_load():
     loads = draw_loads(4, 24)
     found = bound(np.stack([loads, 2 * loads, 0 * loads]), 6, 3)
     np.testing.assert_allclose(found, bound(loads, 6, 3), atol=3e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["even", pytest.param("balanced", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("capacity", [[1.0, 2.0, 0.7], [3.0, 0.0, 3.0], [0.0, 0.1, 0.4]])
 def test_no_placement_beats_the_bound_with_capacities(capacity, split):
@@ -220,6 +222,7 @@ def test_experts_that_cannot_all_be_replicated_raise_both_splits(load, least):
     assert least / 2 < balanced[0] <= least + 1e-6  # the mean and the largest replica say 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("split", "part"), [("even", 0.95), ("balanced", 0.7)])
 def test_the_bound_of_pairs_is_most_of_the_optimum(split, part):
     loads = draw_loads(5, 24, seed=3)
@@ -245,6 +248,7 @@ def test_sizes_and_splits_that_cannot_be_are_refused():
         bound([[1] * 4], 6, 3, split="odd")
 
 
+@pytest.mark.slow
 def test_no_load_has_a_bound_of_zero():
     assert bound([[0] * 4], 6, 3).tolist() == [0.0]
     assert bound(np.zeros((3, 1, 4)), 6, 3, split="balanced").tolist() == [0.0]

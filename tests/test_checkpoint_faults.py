@@ -24,6 +24,8 @@ from tests.checkpoint_cases import (
     targets,
 )
 
+pytestmark = pytest.mark.light_compile
+
 PLACEMENT = planned(16, 4)
 
 

@@ -6,6 +6,8 @@ from jax_eplb.checkpoint import Checkpoints
 from tests.checkpoint_cases import assert_same, global_bank, planned, targets
 from tests.processes import run_together
 
+pytestmark = pytest.mark.light_compile
+
 
 @pytest.mark.slow
 def test_two_processes_save_what_one_can_read(tmp_path):

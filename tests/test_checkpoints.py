@@ -27,6 +27,8 @@ from tests.checkpoint_cases import (
     targets,
 )
 
+pytestmark = pytest.mark.light_compile
+
 SAVED = planned(16, 8)
 
 

@@ -16,6 +16,8 @@ from tests.command_line import (
     write_statistics,
 )
 
+pytestmark = pytest.mark.light_compile
+
 # Twelve experts in sixteen slots on four ranks.
 ROWS = {layer: [(slot * 5 + layer) % 12 for slot in range(16)] for layer in LAYERS}
 

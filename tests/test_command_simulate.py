@@ -30,6 +30,7 @@ def changing(tmp_path):
     return tmp_path / "changing.npz"
 
 
+@pytest.mark.slow
 def test_the_answer_is_a_table_and_a_sentence(capsys, changing, tmp_path):
     out = succeed(capsys, "simulate", changing, *QUICK, *CHEAP, "--plot", tmp_path / "pictures")
     lines = out.splitlines()

@@ -4,6 +4,8 @@ import pytest
 
 from jax_eplb.planner.deepseek import deepseek_plan
 
+pytestmark = pytest.mark.light_compile
+
 # (E, S, P, nodes, G)
 FLAT = [(6, 8, 4, 1, 1), (7, 21, 3, 1, 1), (5, 12, 12, 1, 1), (64, 72, 9, 1, 1)]
 GROUPED = [(12, 16, 8, 2, 4), (12, 20, 4, 1, 4), (20, 24, 4, 4, 4), (64, 80, 8, 2, 8)]

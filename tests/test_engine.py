@@ -219,7 +219,7 @@ def test_progress_counts_the_finished_requests_and_throughput_all_of_them():
 
 
 def test_a_bad_request_is_refused_before_anything_runs():
-    made = engine(1)
+    made = engine()
     with pytest.raises(ValueError, match="there is no request to serve"):
         made.run([])
     long = Request(np.arange(30), 3)
@@ -237,13 +237,14 @@ def test_a_bad_request_is_refused_before_anything_runs():
     [
         ({"layer_ids": (0, 1)}, "the placement's layers are (0, 1), the model's MoE layers (1, 2)"),
         ({"num_experts": 12}, "the placement is for 12 experts, the model has 16"),
-        ({"num_ranks": 4}, "the placement is for 4 ranks, the mesh has 2 devices; plan for 2"),
+        ({"num_ranks": 2}, "the placement is for 2 ranks, the mesh has 4 devices; plan for 4"),
         ({"num_slots": 32}, "the placement has 32 slots, this engine 16; plan for 16, or make"),
     ],
 )
 def test_a_placement_of_another_model_mesh_or_size_is_refused_and_the_old_one_stays(sizes, message):
-    made, before = engine(2), engine(2).placement
-    right = {"num_experts": 16, "num_ranks": 2, "num_slots": 16, "layer_ids": (1, 2)}
+    made = engine()
+    before = made.placement
+    right = {"num_experts": 16, "num_ranks": 4, "num_slots": 16, "layer_ids": (1, 2)}
     with pytest.raises(ValueError, match=re.escape(message)):
         made.use_placement(Placement.default(**right | sizes))
     assert made.placement is before

@@ -25,6 +25,7 @@ def few(batch: Batch) -> Batch:
     return batch._replace(counts=batch.counts % 20)
 
 
+@pytest.mark.slow
 @given(batches)
 def test_choices_are_dealt_in_turn_from_a_replica_that_the_rank_sets(batch):
     batch = few(batch)
@@ -32,6 +33,7 @@ def test_choices_are_dealt_in_turn_from_a_replica_that_the_rank_sets(batch):
     np.testing.assert_array_equal(shares(compiled(even_share), batch), expected)
 
 
+@pytest.mark.slow
 @given(batches)
 def test_no_token_is_lost_among_millions(batch):
     check_shares(shares(compiled(even_share), batch), batch)

@@ -229,8 +229,9 @@ def test_parameters_may_hold_integers_which_have_no_gradient(name):
 
 
 def test_no_tokens_at_all_are_no_waves():
-    slots = jnp.zeros((0, K), jnp.int32)
-    none = jnp.zeros((0, D)), jnp.zeros((0, K)), slots, jnp.ones((SLOTS, D, D))
-    results, computed = exchanger(MANY_WAVES["waves of 1"])(*none)
+    sizes = (0, D), (0, K), (0, K), (SLOTS, D, D)
+    kinds = np.float32, np.float32, np.int32, np.float32
+    none = [np.ones(size, kind) for size, kind in zip(sizes, kinds, strict=True)]
+    results, computed = jax.jit(exchanger(MANY_WAVES["waves of 1"]))(*none)
     assert results.shape == (0, D)
     assert computed.tolist() == [0] * RANKS

@@ -11,6 +11,8 @@ from jax_eplb.moe import MoEParams, moe_forward
 from jax_eplb.moe.feed_forward import ExpertWeights
 from tests.moe_reference import moe_by_numpy, moe_dense
 
+pytestmark = pytest.mark.light_compile
+
 E, K, D, F, T = 6, 2, 5, 4, 16
 
 
@@ -79,13 +81,14 @@ def test_every_kernel_gives_numpys_layer(kernel):
 
 
 def loss_gradients(function, arrays, mask):
-    weights = jnp.asarray(np.random.default_rng(9).normal(size=(T, D)), jnp.float32)
-    return jax.grad(lambda *x: (function(*x, mask) * weights).sum(), argnums=(0, 1, 2, 3))(*arrays)
+    weights = np.random.default_rng(9).normal(size=(T, D)).astype(np.float32)
+    run = jax.grad(lambda *x: (function(*x, mask) * weights).sum(), argnums=(0, 1, 2, 3))
+    return jax.jit(run)(*arrays)
 
 
 @pytest.mark.slow
 def test_the_gradients_over_many_waves_are_those_of_the_dense_layer():
-    arrays, mask = [jnp.asarray(x) for x in drawn(2)], jnp.arange(T) != 3
+    arrays, mask = drawn(2), np.arange(T) != 3
     sharded = forward(config_of(4, moe_max_num_tokens=4))
     found = loss_gradients(lambda *x: sharded(*x).tokens, arrays, mask)
     expected = loss_gradients(lambda *x: moe_dense(*x[:-1], K, mask=x[-1]), arrays, mask)
@@ -96,11 +99,9 @@ def test_the_gradients_over_many_waves_are_those_of_the_dense_layer():
 @pytest.mark.slow
 def test_the_gradients_are_the_finite_differences():
     arrays = [x.astype(np.float64) for x in drawn(3)]
-    mask, weights = jnp.ones(T, bool), np.random.default_rng(9).normal(size=(T, D))
+    mask, weights = np.ones(T, bool), np.random.default_rng(9).normal(size=(T, D))
     run = forward(config_of(4))
-    found = loss_gradients(
-        lambda *x: run(*x).tokens, [jnp.asarray(x, jnp.float32) for x in arrays], mask
-    )
+    found = loss_gradients(lambda *x: run(*x).tokens, [x.astype(np.float32) for x in arrays], mask)
     generator = np.random.default_rng(4)
     for which, gradient in enumerate(found):
         direction = generator.normal(size=gradient.shape)
@@ -139,6 +140,7 @@ def test_no_layer_is_cut_out_of_a_stack(kernel):
     assert "bf16[8,64,128]" not in program
 
 
+@pytest.mark.slow
 def test_the_output_has_the_activations_dtype_and_the_router_stays_float32():
     tokens, router, gate_up, down = drawn(5)
     narrow = [jnp.asarray(x, jnp.bfloat16) for x in (tokens, gate_up, down)]

@@ -71,6 +71,7 @@ def test_an_even_load_on_a_whole_placement_moves_nothing():
     np.testing.assert_allclose(imbalance, 0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_lost_expert_comes_back_and_a_dead_rank_is_emptied_whatever_the_limit():
     load, table = problem()
     lost = np.where(table == 0, np.where(np.arange(S) % 4 == 0, 1, 2), table)

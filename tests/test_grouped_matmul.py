@@ -9,16 +9,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jax_eplb.kernels import ACTIVATIONS, IMPLEMENTATIONS, activation_named, grouped_matmul
+from tests.light_compile import light_compile
 from tests.placement_cases import seeds
+
+pytestmark = pytest.mark.light_compile
 
 ON_HOPPER = getattr(jax.devices()[0], "compute_capability", None) == "9.0"
 # `mosaic` needs the GPU that it is made for, and takes multiples of 64 in 16 bits alone.
 ANY_SHAPE = [name for name in IMPLEMENTATIONS if name != "mosaic"]
 EVERY = [None, *ANY_SHAPE]
+# On CPUs this one is interpreted.
+SLOW = "triton"
+EVERY_ONE_SLOW = [pytest.param(n, marks=pytest.mark.slow) if n == SLOW else n for n in EVERY]
 WIDE = [None, *ANY_SHAPE, *(["mosaic"] if ON_HOPPER else [])]
 G, M, D, F = 8, 400, 5, 3
 FUSED = (None, "triton", "mosaic")
-BIT_STABLE = [None, "blocked", "triton"]
+BIT_STABLE = [None, "blocked", pytest.param(SLOW, marks=pytest.mark.slow)]
 
 
 def drawn(seed, *shapes):
@@ -27,8 +33,11 @@ def drawn(seed, *shapes):
 
 
 @functools.cache
-def product_and_gradients(implementation):
-    """Jitted: the product, and the gradients of its inner product with `cotangent`."""
+def product_and_gradients(implementation, *, bits=False):
+    """Jitted: the product, and the gradients of its inner product with `cotangent`.
+
+    Fully optimised where bits are compared.
+    """
 
     @jax.jit
     @jax.default_matmul_precision("highest")  # a GPU's default would round float32
@@ -39,7 +48,11 @@ def product_and_gradients(implementation):
         out, transpose = jax.vjp(product, rows, weights)
         return out, *transpose(cotangent)
 
-    return run
+    def run_as_compiled(*arguments):
+        with light_compile(not bits):
+            return run(*arguments)
+
+    return run_as_compiled
 
 
 def by_numpy(rows, weights, sizes, cotangent):
@@ -55,7 +68,7 @@ def by_numpy(rows, weights, sizes, cotangent):
     return out, grad_rows, grad_weights
 
 
-@pytest.mark.parametrize("implementation", EVERY)
+@pytest.mark.parametrize("implementation", EVERY_ONE_SLOW)
 def test_every_pattern_of_empty_groups_gives_numpys_product_and_gradients(implementation):
     used = np.array(list(itertools.product([0, 1], repeat=G)))  # [256, G]
     # Shorter and longer than a block of 32 rows, and as long as one.
@@ -68,7 +81,7 @@ def test_every_pattern_of_empty_groups_gives_numpys_product_and_gradients(implem
             np.testing.assert_allclose(got, expected, rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("implementation", EVERY)
+@pytest.mark.parametrize("implementation", EVERY_ONE_SLOW)
 def test_padding_rows_are_zero_and_have_no_gradient_whatever_they_hold(implementation):
     rows, weights, cotangent = drawn(1, (M, D), (G, D, F), (M, F))
     sizes = np.full(G, 9, np.int32)
@@ -99,7 +112,7 @@ def test_no_rows_at_all_give_no_results_and_a_gradient_of_zero(implementation):
 @given(seed=seeds, position=st.integers(0, 200))
 def test_no_bit_of_a_row_depends_on_its_neighbours(implementation, seed, position):
     row, weights, others, cotangent = drawn(seed, (D,), (G, D, F), (M, D), (M, F))
-    run = product_and_gradients(implementation)
+    run = product_and_gradients(implementation, bits=True)
     group = seed % G
     alone = np.zeros((M, D), np.float32)
     alone[0] = row
@@ -145,7 +158,7 @@ def test_a_layer_of_a_stack_gives_what_it_gives_alone_and_the_others_are_not_rea
         jnp.asarray(x, jnp.bfloat16) for x in drawn(3, (M, 64), (G, 64, 64), (M, 64))
     )
     sizes = np.array([3, 0, 130, 40, 0, 65, 1, 100], np.int32)
-    run = product_and_gradients(implementation)
+    run = product_and_gradients(implementation, bits=True)
     expected = run(rows, weights, sizes, cotangent)
     stack = jnp.full((3, *weights.shape), jnp.nan, weights.dtype).at[1].set(weights)
     *found, grad_stack = run(rows, stack, sizes, cotangent, jnp.int32(1))
@@ -156,7 +169,7 @@ def test_a_layer_of_a_stack_gives_what_it_gives_alone_and_the_others_are_not_rea
 
 def test_no_bit_of_a_row_depends_on_its_place_in_bfloat16_either():
     row, weights = (jnp.asarray(x, jnp.bfloat16) for x in drawn(4, (1, 64), (G, 64, 192)))
-    run = product_and_gradients(None)
+    run = product_and_gradients(None, bits=True)
     found = set()
     for before in (0, 1, 7, 8, 63, 64, 130):
         rows = jnp.concatenate([jnp.ones((before, 64), jnp.bfloat16), row])

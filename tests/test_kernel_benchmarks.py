@@ -21,6 +21,7 @@ def _quick(monkeypatch):
     monkeypatch.setattr(layer, "CPU_LAYERS", (layer.Layer("tiny", 16, 8, 4, 4, 2),))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], pytest.param(["--gradients"], marks=pytest.mark.slow)])
 def test_products_are_compared_with_ragged_dot_and_their_floor(capsys, options):
     grouped_matmul.main(["--shape", "3", "40", "8", "4", *GIVEN, "--json", *options])
@@ -35,6 +36,7 @@ def test_products_are_compared_with_ragged_dot_and_their_floor(capsys, options):
     assert rows["default"]["floor_ms"] == pytest.approx(floor)
 
 
+@pytest.mark.slow
 def test_products_print_a_table(capsys):
     grouped_matmul.main(["--shape", "3", "40", "8", "4", *GIVEN])
     assert "3 × 40 × 8 × 4" in capsys.readouterr().out

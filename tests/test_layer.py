@@ -26,6 +26,13 @@ def config_of(ranks=4, **keywords):
     return MoEConfig(**sizes | keywords)
 
 
+@pytest.fixture
+def light():
+    """For a test that compares values, by programs that no test of bits takes."""
+    with light_compile():
+        yield
+
+
 def make(ranks=4, placement=None, axis="expert", **keywords):
     config, mesh = config_of(ranks, **keywords), expert_mesh(ranks, axis)
     with light_compile():  # of the weights alone
@@ -79,6 +86,7 @@ def test_the_layer_is_numpys():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("light")
 def test_it_is_numpys_without_a_shared_expert_and_with_one_expert_a_token():
     layer, tokens = make(shared_hidden_dim=0, experts_per_token=1), drawn(1)
     expected = moe_by_numpy(tokens.reshape(-1, D), layer.router[...], *in_expert_order(layer), 1)
@@ -139,6 +147,7 @@ def test_the_way_tokens_travel_does_not_change_the_bytes(exchange, cap):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("light")
 def test_more_choices_than_slots_and_than_ranks():
     layer = make(8, num_slots=8, experts_per_token=5)  # one slot a rank, five choices
     expected = moe_by_numpy(
@@ -152,6 +161,7 @@ def test_more_choices_than_slots_and_than_ranks():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("light")
 def test_training_gets_logits_and_the_load_of_the_call_and_moves_the_bias():
     router = RouterConfig("sigmoid", selection_bias=True)
     layer, tokens = make(4, router=router), drawn()
@@ -177,6 +187,7 @@ def moving_layer():
     return layer, compiled(layer)
 
 
+@pytest.mark.slow
 @given(seeds)
 @settings(max_examples=25)
 def test_any_placement_gives_the_same_bytes_and_compiles_nothing(seed):
@@ -188,6 +199,7 @@ def test_any_placement_gives_the_same_bytes_and_compiles_nothing(seed):
     assert run._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_a_rank_that_holds_nothing_computes_nothing_and_no_byte_changes():
     layer, run = moving_layer()
     table = np.arange(S)[None] % E
@@ -279,6 +291,7 @@ def test_a_batch_of_padding_alone_is_computed_by_nobody():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("light")
 def test_the_module_works_under_nnx_jit_and_compiles_once_with_its_counts():
     layer, tokens = make(), drawn()
     traced = []
@@ -298,6 +311,7 @@ def test_the_module_works_under_nnx_jit_and_compiles_once_with_its_counts():
     assert len(traced) == 1
 
 
+@pytest.mark.slow
 def test_calls_keep_the_shardings_so_that_the_next_call_compiles_nothing():
     layer = make()
     run = compiled(layer)
@@ -323,6 +337,7 @@ def test_the_tables_and_counts_can_be_split_from_what_is_trained():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("light")
 def test_nnx_grad_reaches_every_parameter():
     layer, tokens = make(), drawn()
     grads = nnx.grad(lambda layer: jnp.square(layer(tokens)).sum())(layer)

@@ -118,6 +118,7 @@ def shapes_of(bank):
     return {shard.data.shape for shard in bank[...].addressable_shards}
 
 
+@pytest.mark.slow
 def test_a_placement_moves_the_parts_of_every_expert():
     layer = make({"expert": 4, "tensor": 2})
     before = layer(tokens_of())

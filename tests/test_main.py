@@ -4,6 +4,7 @@ import sys
 import pytest
 
 
+@pytest.mark.slow
 def test_the_package_runs_as_a_module_without_a_warning():
     command = [sys.executable, "-W", "error", "-m", "jax_eplb", "--help"]
     ended = subprocess.run(command, capture_output=True, text=True, check=True)

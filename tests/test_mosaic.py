@@ -17,6 +17,8 @@ from jax_eplb.kernels.mosaic_gradient import mosaic_weight_gradient
 from jax_eplb.kernels.mosaic_kernel import mosaic_product
 from jax_eplb.kernels.mosaic_tiles import Tiles
 
+pytestmark = pytest.mark.light_compile
+
 SIZES = (30, 0, 150)
 
 
@@ -136,6 +138,7 @@ def each_group():
         yield slice(end - size, end), group
 
 
+@pytest.mark.slow
 @can_interpret
 @pytest.mark.parametrize(
     ("tiles", "width"),
@@ -171,7 +174,7 @@ def test_interpreted_the_products_are_numpys(tiles, width):
 
 
 @can_interpret
-@pytest.mark.parametrize("width", [64, 384])
+@pytest.mark.parametrize("width", [64, pytest.param(384, marks=pytest.mark.slow)])
 def test_interpreted_the_gradient_of_the_weights_is_numpys(width):
     rows, weights, grad = drawn(width)
     with interpreted(detect_races=True):

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from jax_eplb.kernels.mosaic_tiles import Tiles, Walk
 from jax_eplb.kernels.tile_table import ALIGN
 
+pytestmark = pytest.mark.light_compile
+
 MOST, GROUPS, COLUMNS, AT_ONCE = 1200, 4, 3, 5
 
 

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from jax_eplb.planner.pack import pack, separate
 from tests.greedy_reference import duplicates, greedy_pack, greedy_replicate, rank_load_of
 
+pytestmark = pytest.mark.light_compile
+
 # (E, S, P): few spare slots, many, one slot a rank, all experts nearly everywhere.
 SHAPES = [(6, 8, 4), (5, 12, 4), (3, 6, 6), (7, 18, 3)]
 

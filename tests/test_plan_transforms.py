@@ -11,6 +11,8 @@ import pytest
 from jax_eplb.placement import Placement
 from jax_eplb.planner import plan
 
+pytestmark = pytest.mark.light_compile
+
 
 def slots_of(result) -> np.ndarray:
     return np.asarray(result.placement.slot_to_expert, np.int64)
@@ -53,6 +55,7 @@ def test_nan_inside_jit_counts_as_no_load():
     Placement.from_slots(slots_of(result), num_experts=16, num_ranks=4)
 
 
+@pytest.mark.slow
 def test_a_second_plan_of_the_same_shape_compiles_nothing(caplog):
     def compilations(load):
         caplog.clear()

@@ -189,6 +189,7 @@ def test_the_part_of_a_gain(figures, part):
     assert part_of_gain(*figures) == part
 
 
+@pytest.mark.slow
 def test_balanced_windows_of_a_divisible_load_are_level():
     # 6 tokens of expert 0 go to either rank as needed.
     windows = np.array([[[6, 1, 3]], [[6, 5, 1]]])

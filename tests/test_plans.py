@@ -14,6 +14,8 @@ from jax_eplb.placement import Placement
 from tests.engine_readers import FORMS, READERS
 from tests.placement_cases import random_tables_without_duplicates, seeds, sizes
 
+pytestmark = pytest.mark.light_compile
+
 LAYERS = (1, 2, 4)
 
 

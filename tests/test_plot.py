@@ -19,6 +19,8 @@ from jax_eplb.plot import (
 )
 from jax_eplb.plot.heat_maps import limit_of, relative
 
+pytestmark = pytest.mark.light_compile
+
 RECORDING = {
     "rank_by_iteration",
     "rank_by_layer",

@@ -1,6 +1,5 @@
 """What the README shows is what happens."""
 
-import os
 import re
 import subprocess
 import sys
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.light_compile import LIGHT_ENVIRONMENT
+from tests.processes import light_environment
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 
@@ -18,7 +17,7 @@ def test_the_example_prints_what_it_says(tmp_path):
     (code,) = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
     script = tmp_path / "example.py"
     script.write_text(code)
-    environment = os.environ | LIGHT_ENVIRONMENT
+    environment = light_environment()
     run = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     printed = [line.split(":")[1].strip() for line in run.stdout.splitlines()]

@@ -110,6 +110,7 @@ def test_no_change_gives_the_same_arrays():
     assert rebalance(tree, of(table), of(table)) is tree
 
 
+@pytest.mark.slow
 def test_the_arrays_given_can_be_kept():
     old, new = drawn(2)
     tree = stacked_tree(old, E, expert_mesh(RANKS))
@@ -118,6 +119,7 @@ def test_the_arrays_given_can_be_kept():
     assert_holds(tree, old, E)
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_preparation():
     old, *others = drawn(6)
     tree, before = stacked_tree(old, E, expert_mesh(RANKS)), of(old)
@@ -153,6 +155,7 @@ class Model(nnx.Module):
         self.router = nnx.Param(router)
 
 
+@pytest.mark.slow
 @jax.numpy_dtype_promotion("standard")  # for optax
 @jax.numpy_rank_promotion("allow")
 def test_a_flax_models_state_and_its_optimisers_move_together():

@@ -7,6 +7,8 @@ import pytest
 
 from benchmarks import rebalance
 
+pytestmark = pytest.mark.light_compile
+
 
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 1.0])
 def test_a_change_has_about_the_size_asked_for_and_keeps_every_expert(fraction):

@@ -61,6 +61,7 @@ def outcome(gain: float, num_slots: int, policy=STATIC, choice: str = "balanced"
     )
 
 
+@pytest.mark.slow
 def test_a_load_that_changes_is_to_be_followed():
     advice = recommend(changing_recording(), costs=CHEAP, **QUICK)
     made = advice.recommendation
@@ -76,6 +77,7 @@ def test_a_load_that_changes_is_to_be_followed():
     assert json.loads(json.dumps(made.to_json()))["balance"] is True
 
 
+@pytest.mark.slow
 def test_where_only_chance_is_uneven_the_answer_is_no():
     made = recommend(uniform_recording(), costs=CHEAP, **QUICK).recommendation
     assert not made.balance

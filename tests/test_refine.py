@@ -80,6 +80,7 @@ def test_each_swap_is_the_best_there_is():
     assert rank_load_of(load, one_swap, 2)[0].tolist() == [16, 14]
 
 
+@pytest.mark.slow
 def test_layers_stop_on_their_own():
     load = np.array([[4, 3, 2, 1], [9, 5, 4, 2]])
     result = refined(np.array([[0, 3, 1, 2], [0, 1, 2, 3]]), load, 2)
@@ -126,6 +127,7 @@ def test_replacements_keep_every_expert_and_lower_the_fullest_rank(problem, max_
     assert (largest(load, few, num_ranks) <= largest(load, slots, num_ranks) * (1 + 1e-6)).all()
 
 
+@pytest.mark.slow
 def test_a_replacement_gives_a_hot_expert_a_slot_of_one_that_needs_none():
     # Expert 1 has two replicas and no load; expert 0 wants the second.
     load, slots = np.array([[8, 0, 4]]), np.array([[0, 1, 2, 1]])

@@ -65,6 +65,7 @@ def replay_by_hand(policy: Policy, first: np.ndarray) -> tuple[np.ndarray, ...]:
     return tuple(np.stack(column) for column in zip(*rows, strict=True))
 
 
+@pytest.mark.slow
 def test_policies_side_by_side_do_what_each_does_in_a_plain_loop():
     counts = jnp.asarray(changing_counts(), jnp.float32)
     planned = plan(changing_counts()[:HISTORY], NUM_SLOTS, NUM_RANKS, effort="fast").placement
@@ -84,6 +85,7 @@ def test_policies_side_by_side_do_what_each_does_in_a_plain_loop():
     assert followed == 6  # all but none and static moved something
 
 
+@pytest.mark.slow
 def test_the_future_changes_nothing_but_for_the_oracle():
     counts = changing_counts()
     changed = counts.copy()

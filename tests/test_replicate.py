@@ -11,6 +11,8 @@ from hypothesis.extra.numpy import arrays
 from jax_eplb.planner.replicate import replicate
 from tests.greedy_reference import greedy_replicate
 
+pytestmark = pytest.mark.light_compile
+
 
 def replicas(load, num_slots, **options):
     return replicate(jnp.array([load], jnp.float32), num_slots, **options)[0].tolist()

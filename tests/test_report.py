@@ -12,6 +12,8 @@ from jax_eplb.load import Recording
 from jax_eplb.placement import Placement
 from jax_eplb.report import Report, build_report, chance_by_layer, rank_tokens
 
+pytestmark = pytest.mark.light_compile
+
 SLOTS = [[0, 1, 2, 0, 3, 1], [3, 2, 3, 1, 0, 3]]
 counts = arrays(np.int64, (3, 2, 4), elements=st.integers(0, 2**40))
 

@@ -13,6 +13,8 @@ from jax_eplb.simulate import NONE, STATIC, Advice, Outcome, Recommendation, eve
 from tests.browser import find_browser, show
 from tests.command_line import LAYERS, skewed_recording
 
+pytestmark = pytest.mark.light_compile
+
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 RANKS = 4
 
@@ -143,6 +145,7 @@ def test_every_picture_is_a_png_of_words(page):
         assert min(struct.unpack(">II", png[16:24])) > 300
 
 
+@pytest.mark.slow
 def test_the_numbers_are_the_reports(page):
     before = build_report(skewed_recording(), num_ranks=RANKS)
     after = build_report(skewed_recording(), placement=planned())
@@ -189,6 +192,7 @@ def test_the_numbers_are_the_reports(page):
     assert f"{after.balancedness_mean_of_ratios:.4f} (mean of ratios)" in words
 
 
+@pytest.mark.slow
 def test_the_plan_is_there_slot_for_slot(page):
     table = next(t for t in page.tables if t[0][1] == "rank 0")
     slots = [[int(e) for cell in row[1:] for e in cell.split()] for row in table[1:]]
@@ -200,6 +204,7 @@ def test_the_plan_is_there_slot_for_slot(page):
         assert layer in map(str, LAYERS)
 
 
+@pytest.mark.slow
 def test_the_recommendation_and_the_policies_are_the_simulators(page, advised):
     advice, compared = advised
     words = "".join(page.text)
@@ -211,6 +216,7 @@ def test_the_recommendation_and_the_policies_are_the_simulators(page, advised):
     assert [float(row[1]) for row in table[1:]] == [o.mean_imbalance for o in compared]
 
 
+@pytest.mark.slow
 def test_names_from_files_are_escaped(text):
     assert "<a>" not in text
     assert "&lt;a&gt; &amp; b.npz" in text

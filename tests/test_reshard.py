@@ -73,6 +73,7 @@ def test_layers_of_a_list_and_experts_of_the_same_device_stay_there(monkeypatch)
     assert copies == []
 
 
+@pytest.mark.slow
 def test_a_host_copy_serves_where_the_old_mesh_cannot_be_read(monkeypatch):
     old, before = drawn(12, 4)
     new, after = drawn(12, 2, seed=1)

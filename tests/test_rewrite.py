@@ -36,6 +36,8 @@ from tests.checkpoint_cases import (
 )
 from tests.test_expert_names import BANKS
 
+pytestmark = pytest.mark.light_compile
+
 SAVED = planned(16, 4)
 
 

@@ -12,6 +12,8 @@ from jax_eplb.kernels import top_k_sort
 from jax_eplb.routing import order_by_slot, segment_of
 from tests.placement_cases import random_table, seeds
 
+pytestmark = pytest.mark.light_compile
+
 E, S, RANKS, T, K = 5, 8, 4, 9, 2
 
 

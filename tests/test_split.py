@@ -130,6 +130,7 @@ def test_balanced_split_does_nothing_where_no_expert_has_two_slots():
     assert balanced_split(load, slots, 4, 2).tolist() == load.tolist()
 
 
+@pytest.mark.slow
 def test_balanced_split_is_not_recompiled_for_other_tables():
     split = jax.jit(lambda load, slots: balanced_split(load, slots, 4, 4))
     load = jnp.arange(8.0).reshape(2, 4)

@@ -49,6 +49,7 @@ def test_swaps_keep_the_replicas():
     assert not risk_by_counting(result, E, Q).any()
 
 
+@pytest.mark.slow
 def test_without_a_swap_a_third_replica_is_given_up():
     # Experts 0 and 5 have one replica, 3 and 4 have three.
     table = np.array([0, 1, 2, 3, 4, 5, 3, 4, 1, 3, 4, 2])

@@ -14,7 +14,8 @@ from jax_eplb.serving.step import AXIS, Rows, State, Statics, run_step
 from tests.small_decoder import Runner, default_placement
 from tests.tiny_model import CONFIG, tiny_decoder
 
-pytestmark = pytest.mark.light_compile
+# The quick tests of `test_engine` take such steps, too.
+pytestmark = [pytest.mark.light_compile, pytest.mark.slow]
 
 RANKS, SEATS, WIDTH, CAPACITY = 2, 4, 4, 8  # two seats and two rows a rank
 PLACEMENT = default_placement(CONFIG, CONFIG.num_experts, RANKS)
@@ -65,7 +66,6 @@ def logits() -> np.ndarray:
     return np.asarray(Runner(PLACEMENT, CONFIG)(prompts_of())[0])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0, 0.5, 2])
 def test_the_token_has_the_largest_logit_plus_temperature_times_noise(temperature):
     lengths, seeds = np.array([4, 1, 2, 3]), [5, 6, 7, 8]
@@ -75,14 +75,12 @@ def test_the_token_has_the_largest_logit_plus_temperature_times_noise(temperatur
     assert tokens.tolist() == (last + temperature * drawn).argmax(axis=1).tolist()
 
 
-@pytest.mark.slow
 def test_at_temperature_zero_the_seed_does_not_matter():
     one = step(prompts_of(), [4, 1, 2, 3], seeds=[1, 2, 3, 4])[1]
     other = step(prompts_of(), [4, 1, 2, 3], seeds=[9, 9, 0, 7])[1]
     assert one.tolist() == other.tolist()
 
 
-@pytest.mark.slow
 def test_the_noise_depends_on_seed_and_position_alone():
     # Four prompts of different lengths that all end before position 4.
     rows = {"lengths": [4, 3, 1, 2], "positions": [0, 1, 3, 2]}

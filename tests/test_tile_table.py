@@ -1,9 +1,12 @@
 import jax
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jax_eplb.kernels.tile_table import ALIGN, tile_table
+
+pytestmark = pytest.mark.light_compile
 
 MOST = 600
 

@@ -13,6 +13,8 @@ from jax_eplb import expert_mesh
 from jax_eplb.kernels import top_k_sort
 from jax_eplb.kernels.top_k_sort import by_xla, top_k_sort_by_kernels
 
+pytestmark = pytest.mark.light_compile
+
 # T, E, K, tokens of a program: one program, or several.
 SHAPES = [
     (1, 1, 1, None),

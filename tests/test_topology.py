@@ -59,6 +59,7 @@ def test_a_fast_node_gets_the_heavy_groups():
     assert (order // (E // G) == np.repeat([[1, 2, 4], [0, 3, 5]], E // G, axis=1)).all()
 
 
+@pytest.mark.slow
 def test_home_nodes_are_where_the_order_puts_each_expert():
     order = order_of(draw_load(), jnp.ones(Q))
     home = np.asarray(home_nodes(order.reshape(L, E), Q))
@@ -87,6 +88,7 @@ def test_the_share_served_elsewhere_is_a_recount():
     np.testing.assert_allclose(found, away_by_counting(tokens, table), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_groups_on_nodes_are_found_again():
     order = np.asarray(order_of(draw_load(), jnp.ones(Q)))
     # One rank a node, without a spare slot.
