@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_eplb.placement import Placement
 from jax_eplb.planner.replan import count_moves, keep_places, repair, replan, replan_over_nodes
+from jax_eplb.tables import max_replicas
 from tests.greedy_reference import duplicates, imbalance_of
 from tests.placement_cases import random_table, random_tables_without_duplicates
 
@@ -119,3 +121,19 @@ def test_experts_leave_home_only_where_that_is_worth_its_price():
     for weight, most, moved in ((0.3, 4, 2), (0.3, 1, 0), (1.0, 4, 0)):
         limits = {"max_moves": jnp.array([most]), "cross_node_weight": jnp.float32(weight)}
         assert (plan(**limits) != table).sum() == moved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["even", "balanced"])
+def test_an_expert_that_is_twice_on_a_rank_gets_no_more_replicas_than_tables_hold(split):
+    # Made for four ranks and served on three: the middle one has some experts twice.
+    previous = Placement.default(num_experts=16, num_slots=24, num_ranks=4, num_layers=64)
+    load = np.random.default_rng(0).lognormal(0, 1.5, (64, 16)).astype(np.float32)
+    most = np.full(64, 24, np.int32)
+    table = np.asarray(previous.slot_to_expert)
+    result = np.asarray(
+        replan(load[None], table, num_ranks=3, max_moves=most, max_rounds=24, split=split)
+    )
+    replicas = (result[..., None] == np.arange(16)).sum(axis=1)
+    assert replicas.min() == 1
+    assert replicas.max() == max_replicas(16, 24, 3) == 3

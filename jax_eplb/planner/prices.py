@@ -100,7 +100,10 @@ def _of_layer(slots, load, height, price, slowness, doubt, turn) -> Changes:
     paid = jnp.where(count > 0, (lowest * load).sum(axis=1), 0.0)[:num_experts]
     hot = jax.lax.top_k(paid, min(_HOT_EXPERTS, num_experts))[1].astype(jnp.int32)
     saved = jnp.minimum(price[None] - lowest[hot][:, None], 0.0) * load[hot][:, None]
-    barred = (hot[:, None, None] == by_rank[None]).any(axis=2) | ~live[None]
+    held = (hot[:, None, None] == by_rank[None]).sum(axis=2, dtype=jnp.int32)  # [H, P]
+    # In a placement from elsewhere a rank may have two of an expert. It gets no more: on all the
+    # other ranks, too, there would be more replicas than tables have room for.
+    barred = (held > 0) | (held > 1).any(axis=1, keepdims=True) | ~live[None]
     saved = jnp.where(barred, jnp.inf, saved.sum(axis=2))  # [H, P]
     saved = saved + doubt * _noise(turn, *saved.shape)
     newcomer = hot[saved.argmin(axis=0)][rank]  # [S]
