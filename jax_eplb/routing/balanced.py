@@ -4,21 +4,21 @@ Axes: P ranks, E experts, S slots, J slots of experts that have several.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jax_eplb.routing.balanced_kernel import MAX_REPLICATED_SLOTS, kernel_share
-from jax_eplb.routing.leveling import (
+from jax_eplb.routing.leveling import describe, whole_quota
+from jax_eplb.routing.own_share import (
     BANDS,
     NodeSupply,
     Supply,
     alike_share,
     band_start,
-    describe,
     near_share,
-    whole_quota,
 )
 from jax_eplb.routing.ranks import Ranks
 from jax_eplb.tables import PlacementTables
@@ -100,34 +100,44 @@ def plain_share(
     slot_tokens, slot_fixed = pick(tokens, expert), pick(fixed, rank_of_slot)
     quota = whole_quota(slot_tokens, slot_fixed, mean, tables.leveling, replicas)
 
-    is_before = (jnp.arange(ranks.num_ranks) < rank)[:, None]
     own = pick(counts[rank], expert)
-    if not ranks.prefers_near:
-        bands = [
-            jnp.where(is_before, band_start(counts, band + 1), band_start(counts, band))
-            for band in range(BANDS)
-        ]
-        before = [pick(band.sum(axis=0, dtype=jnp.int32), expert) for band in bands]
+    if ranks.prefers_near:
+        before, near_before, on_nodes = _nearness(counts, rank, ranks)
+        supply = Supply(own, pick(before, expert), there=pick(counts, rank_of_slot, expert))
+        near = None
+        if ranks.ranks_per_node is not None:
+            per_node = ranks.ranks_per_node
+            node = jnp.where(used, rank_of_slot // per_node, alone)
+            there = pick(on_nodes, node, expert)
+            near = NodeSupply(node, rank // per_node, pick(near_before, expert), there)
+        replicated = near_share(quota, supply, near, rank, replicas)
+    else:
+        before = [pick(band, expert) for band in _bands_before(counts, rank)]
         replicated = alike_share(quota, own, before, replicas)
-        return share.at[slot].set(replicated, mode="drop", unique_indices=True)
-
-    before = jnp.where(is_before, counts, 0)
-    supply = Supply(
-        own=own,
-        before=pick(before.sum(axis=0, dtype=jnp.int32), expert),
-        there=pick(counts, rank_of_slot, expert),
-    )
-    near = None
-    if ranks.ranks_per_node is not None:
-        per_node = ranks.ranks_per_node
-        by_node = counts.reshape(-1, per_node, tokens.size).sum(axis=1, dtype=jnp.int32)
-        node_of_rank = jnp.arange(ranks.num_ranks, dtype=jnp.int32)[:, None] // per_node
-        near_before = jnp.where(node_of_rank == rank // per_node, before, 0)
-        near = NodeSupply(
-            node=jnp.where(used, rank_of_slot // per_node, alone),
-            own_node=rank // per_node,
-            before=pick(near_before.sum(axis=0, dtype=jnp.int32), expert),
-            there=pick(by_node, rank_of_slot // per_node, expert),
-        )
-    replicated = near_share(quota, supply, near, rank, replicas)
     return share.at[slot].set(replicated, mode="drop", unique_indices=True)
+
+
+def _bands_before(counts: Int[Array, "P E"], rank: Int[Array, ""]) -> list[Int[Array, "E"]]:
+    """For each band, the tokens of each expert that come before the rank's."""
+    is_before = (jnp.arange(len(counts)) < rank)[:, None]
+    starts = [band_start(counts, band) for band in range(BANDS + 1)]
+    return [
+        jnp.where(is_before, end, start).sum(axis=0, dtype=jnp.int32)
+        for start, end in itertools.pairwise(starts)
+    ]
+
+
+def _nearness(
+    counts: Int[Array, "P E"], rank: Int[Array, ""], ranks: Ranks
+) -> tuple[Int[Array, "E"], Int[Array, "E"], Int[Array, "Q E"]]:
+    """Tokens of each expert: on the ranks before, on those on its node among them, on each node."""
+    per_node = ranks.ranks_per_node or ranks.num_ranks
+    number = jnp.arange(len(counts), dtype=jnp.int32)[:, None]
+    before = jnp.where(number < rank, counts, 0)
+    near_before = jnp.where(number // per_node == rank // per_node, before, 0)
+    on_nodes = counts.reshape(-1, per_node, counts.shape[1])
+    return (
+        before.sum(axis=0, dtype=jnp.int32),
+        near_before.sum(axis=0, dtype=jnp.int32),
+        on_nodes.sum(axis=1, dtype=jnp.int32),
+    )

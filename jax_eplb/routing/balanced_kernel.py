@@ -18,17 +18,14 @@ from jaxtyping import Array, Int
 
 from jax_eplb.kernels.top_k_sort_kernels import power_of_two
 from jax_eplb.kernels.varying import equally_varying
-from jax_eplb.routing.leveling import (
+from jax_eplb.routing.leveling import Replicas, describe, total, whole_quota
+from jax_eplb.routing.own_share import (
     BANDS,
     NodeSupply,
-    Replicas,
     Supply,
     alike_share,
     band_start,
-    describe,
     near_share,
-    total,
-    whole_quota,
 )
 from jax_eplb.routing.ranks import Ranks
 from jax_eplb.tables import PlacementTables
