@@ -13,7 +13,6 @@ import time
 
 import numpy as np
 
-from jax_eplb.commands.demo import sample_requests
 from jax_eplb.commands.demo_online import (
     FIRST,
     OUTPUT_TOKENS,
@@ -23,6 +22,7 @@ from jax_eplb.commands.demo_online import (
     TEMPERATURE,
 )
 from jax_eplb.commands.run import activation_dtype
+from jax_eplb.commands.sample_text import sample_requests
 from jax_eplb.mesh import expert_mesh, simulate_devices
 from jax_eplb.models.weights import load_decoder
 from jax_eplb.online import Balancer, BalancerConfig

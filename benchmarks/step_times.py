@@ -18,13 +18,8 @@ import numpy as np
 
 from benchmarks.tables import Column, Table
 from jax_eplb import metrics
-from jax_eplb.commands.demo import (
-    MIN_TOKENS,
-    OUTPUT_TOKENS,
-    PROMPT_BYTES,
-    SEQUENCES,
-    sample_requests,
-)
+from jax_eplb.commands.demo import MIN_TOKENS, OUTPUT_TOKENS, PROMPT_BYTES, SEQUENCES
+from jax_eplb.commands.sample_text import sample_requests
 from jax_eplb.load import Recording
 from jax_eplb.mesh import expert_mesh
 from jax_eplb.models.weights import load_decoder

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from jax_eplb import Placement, expert_mesh, save_recording
-from jax_eplb.commands.demo import KINDS
 from jax_eplb.commands.run import activation_dtype
+from jax_eplb.commands.sample_text import KINDS
 from jax_eplb.mesh import simulate_devices
 from jax_eplb.models.weights import load_decoder
 from jax_eplb.serving import Engine, Request, ServingConfig

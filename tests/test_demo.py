@@ -10,7 +10,7 @@ import yaml
 
 from jax_eplb import load_placement, load_recording
 from jax_eplb.cli import main
-from jax_eplb.commands import demo
+from jax_eplb.commands import demo, sample_text
 from jax_eplb.report import rank_tokens
 from tests.command_line import fail, run
 from tests.tiny_model import tiny_decoder
@@ -131,13 +131,13 @@ def test_two_devices_and_no_redundancy_are_a_demo_too(capsys, tmp_path, monkeypa
 
 @pytest.mark.parametrize("half", ["first", "second"])
 def test_requests_come_from_their_half_the_kinds_in_turn(half):
-    made = demo.sample_requests(half, 2000, prompt_bytes=demo.PROMPT_BYTES, output_tokens=32)
+    made = sample_text.sample_requests(half, 2000, prompt_bytes=demo.PROMPT_BYTES, output_tokens=32)
     texts = {}
-    for kind in demo.KINDS:
+    for kind in sample_text.KINDS:
         text = (demo.resources.files("jax_eplb.models") / "samples" / f"{kind}.txt").read_bytes()
         middle = len(text) // 2
         texts[kind] = text[:middle] if half == "first" else text[middle:]
     for number, request in enumerate(made):
         assert len(request.prompt) == demo.PROMPT_BYTES
-        assert bytes(request.prompt.tolist()) in texts[demo.KINDS[number % 4]]
+        assert bytes(request.prompt.tolist()) in texts[sample_text.KINDS[number % 4]]
     assert len({bytes(r.prompt.tolist()) for r in made}) == len(made)

@@ -8,8 +8,6 @@ so that the fullest rank is lightest; what dealing in turn would leave is told b
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +15,7 @@ import numpy as np
 
 from jax_eplb.commands.progress import progress_bars
 from jax_eplb.commands.run import activation_dtype, compile_steps, serve, throughput_text
+from jax_eplb.commands.sample_text import sample_requests
 from jax_eplb.formats import save_placement, save_recording
 from jax_eplb.load import Recording
 from jax_eplb.mesh import expert_mesh, simulate_devices
@@ -27,7 +26,6 @@ from jax_eplb.plot import before_after, recording_figures, save_figures
 from jax_eplb.report import Report, build_report, rank_tokens
 from jax_eplb.serving import Engine, Request, RunResult, ServingConfig
 
-KINDS = ("python", "prose", "bible", "maths")
 PROMPT_BYTES = 128
 OUTPUT_TOKENS = 32
 # The prompts of so many sequences make an iteration of 64 × 128 = 8,192 tokens, enough that chance
@@ -125,38 +123,6 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"In {arguments.out}: " + ", ".join(str(f.relative_to(arguments.out)) for f in files))
     if not compared.figures["identical_output"]:
         raise ValueError("the balanced run wrote other tokens than the unbalanced one")
-
-
-def sample_requests(
-    half: str,
-    count: int,
-    *,
-    prompt_bytes: int,
-    output_tokens: int,
-    kinds: Sequence[str] = KINDS,
-    first_seed: int = 0,
-) -> list[Request]:
-    """Requests from one half of the embedded held-out text, the kinds in turn.
-
-    Passages follow each other; where a half has fewer than asked for, they begin again at another
-    offset.
-    """
-    folder = resources.files("jax_eplb.models") / "samples"
-    passages = []
-    for kind in kinds:
-        text = (folder / f"{kind}.txt").read_bytes()
-        middle = len(text) // 2
-        text = text[:middle] if half == "first" else text[middle:]
-        passages.append(np.frombuffer(text, np.uint8).astype(np.int32))
-    requests = []
-    for number in range(count):
-        text = passages[number % len(kinds)]
-        turns = (len(text) - prompt_bytes) // prompt_bytes
-        turn, start = divmod(number // len(kinds), turns)
-        offset = start * prompt_bytes + turn * 37 % prompt_bytes
-        prompt = text[offset : offset + prompt_bytes]
-        requests.append(Request(prompt, output_tokens, seed=first_seed + number))
-    return requests
 
 
 class _Comparison(NamedTuple):

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_eplb import metrics
-from jax_eplb.commands.demo import sample_requests
 from jax_eplb.commands.progress import progress_bars
 from jax_eplb.commands.run import (
     activation_dtype,
@@ -29,6 +28,7 @@ from jax_eplb.commands.run import (
     compile_steps,
     serve,
 )
+from jax_eplb.commands.sample_text import sample_requests
 from jax_eplb.formats import save_placement, save_recording
 from jax_eplb.load import Recording
 from jax_eplb.mesh import expert_mesh, simulate_devices
