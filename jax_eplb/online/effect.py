@@ -55,9 +55,9 @@ class Effects:
             self._open[position] = dataclasses.replace(update, imbalance_before=before)
         self._coming = [c for c in self._coming if c[1].step > iteration]
         imbalance = metrics.imbalance(rank_tokens, capacity).tolist()
-        has_tokens = rank_tokens.any(axis=1).tolist()
-        for recent, value, counts in zip(self._recent, imbalance, has_tokens, strict=True):
-            if counts:
+        tokens = rank_tokens.sum(axis=1).tolist()
+        for recent, value, some in zip(self._recent, imbalance, tokens, strict=True):
+            if some:
                 recent.append(value)
         for position in [p for p in self._open if len(self._recent[p]) == _WINDOW]:
             yield from self._close(position)
