@@ -134,7 +134,7 @@ def test_requests_come_from_their_half_the_kinds_in_turn(half):
     made = sample_text.sample_requests(half, 2000, prompt_bytes=demo.PROMPT_BYTES, output_tokens=32)
     texts = {}
     for kind in sample_text.KINDS:
-        text = (demo.resources.files("jax_eplb.models") / "samples" / f"{kind}.txt").read_bytes()
+        text = (resources.files("jax_eplb.models") / "samples" / f"{kind}.txt").read_bytes()
         middle = len(text) // 2
         texts[kind] = text[:middle] if half == "first" else text[middle:]
     for number, request in enumerate(made):
