@@ -3,7 +3,7 @@
     python scripts/record_byte_moe.py [jax_eplb/models/byte_moe/recording.npz]
 
 64 iterations of 4,096 tokens on 8 ranks, all of prompts: 16 of each kind of text, in the order of
-`commands.demo.KINDS`.
+`commands.sample_text.KINDS`.
 """
 
 import sys

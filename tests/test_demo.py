@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from importlib import resources
 
 import numpy as np
 import pytest
