@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jax_eplb.commands.inputs import read_recording
+from jax_eplb.commands.kept_programs import keep_programs
 from jax_eplb.commands.progress import progress_bars
 from jax_eplb.formats import load_placement, save_placement
 from jax_eplb.load import Recording
@@ -14,6 +15,7 @@ from jax_eplb.planner import Plan, frontier, plan
 
 
 def run(arguments: argparse.Namespace) -> None:
+    keep_programs()
     recording = read_recording(arguments)
     limits: list[int | None] = arguments.max_moves or [None]
     plans = _plans(arguments, recording, limits)

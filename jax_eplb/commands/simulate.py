@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from jax_eplb.commands.inputs import read_recording
+from jax_eplb.commands.kept_programs import keep_programs
 from jax_eplb.commands.progress import progress_bars
 from jax_eplb.load import Recording
 from jax_eplb.simulate import (
@@ -34,6 +35,7 @@ _WORSE = 1.5
 
 
 def run(arguments: argparse.Namespace) -> None:
+    keep_programs()
     recording = read_recording(arguments)
     num_ranks = arguments.ep_size or recorded_ranks(recording)
     costs = _costs(arguments)
