@@ -14,9 +14,12 @@ RANKS = 4
 def main(process: int, processes: int, port: int, folder: Path) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", RANKS // processes)
-    if processes > 1:
-        jax.distributed.initialize(f"localhost:{port}", processes, process)
+    jax.distributed.initialize(f"localhost:{port}", processes, process)
+    apply(process, processes, folder)
 
+
+def apply(process: int, processes: int, folder: Path) -> None:
+    """By as many processes as there are now."""
     import numpy as np
     from flax import nnx
     from jax.sharding import NamedSharding

@@ -157,6 +157,7 @@ def test_a_large_batch_is_divided_exactly():
     assert rank_loads(found, batch).max() <= least_largest_load(batch) * (1 + 1e-5)
 
 
+@pytest.mark.slow
 def test_ranks_get_tokens_in_proportion_to_their_speeds_as_far_as_replicas_allow():
     table = np.array([0, 1, 2, 0, 1, 2, 0, 1, 2])
     batch = Batch(np.full((3, 3), 500, np.int32), table, Ranks("expert", 3, 3))

@@ -46,6 +46,7 @@ def test_the_answer_is_a_table_and_a_sentence(capsys, changing, tmp_path):
         assert matplotlib.image.imread(path).shape[0] > 300
 
 
+@pytest.mark.slow
 def test_json_has_the_recommendation_and_what_it_rests_on(capsys, changing):
     out = json.loads(succeed(capsys, "simulate", changing, *QUICK, *CHEAP, "--json"))
     made = out["recommendation"]
@@ -59,6 +60,7 @@ def test_json_has_the_recommendation_and_what_it_rests_on(capsys, changing):
     assert out["costs"]["tokens_per_second"] == 1e6
 
 
+@pytest.mark.slow
 def test_a_uniform_load_is_better_left_alone(capsys, tmp_path):
     path = tmp_path / "uniform.npz"
     save_recording(uniform_recording(), path)
@@ -67,6 +69,7 @@ def test_a_uniform_load_is_better_left_alone(capsys, tmp_path):
     assert out["recommendation"]["reason"].startswith("Don't balance")
 
 
+@pytest.mark.slow
 def test_presets_and_own_figures_go_together(capsys, changing):
     files = (
         "--model",

@@ -1,6 +1,7 @@
 """The demo: what it says and leaves, on a tiny model and the embedded held-out text."""
 
 import contextlib
+import functools
 import io
 import json
 from importlib import resources
@@ -12,6 +13,7 @@ import yaml
 from jax_eplb import load_placement, load_recording
 from jax_eplb.cli import main
 from jax_eplb.commands import demo, sample_text
+from jax_eplb.planner import plan
 from jax_eplb.report import rank_tokens
 from tests.command_line import fail, run
 from tests.tiny_model import tiny_decoder
@@ -26,6 +28,8 @@ PROMPTS = 64 * 48
 
 def make_small(patch, **sizes):
     patch.setattr(demo, "load_decoder", tiny_decoder)
+    # Four plans are made, each by a program of its own, which this effort makes smaller.
+    patch.setattr(demo, "plan", functools.partial(plan, effort="fast"))
     for name, value in (SIZES | sizes).items():
         patch.setattr(demo, name, value)
 

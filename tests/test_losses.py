@@ -191,6 +191,7 @@ def test_scores_too_small_for_float32_are_normalized_all_the_same():
         normalized_scores(np.zeros((1, 2), np.float32), "relu")
 
 
+@pytest.mark.slow
 def test_narrow_logits_are_weighed_in_float32():
     logits, mask = drawn(T, E).astype(jnp.bfloat16), np.ones(T, bool)
     for loss in LOSSES.values():

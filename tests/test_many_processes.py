@@ -6,12 +6,17 @@ import numpy as np
 import pytest
 
 from tests.capacity_process import BACK, LOST, RANKS
+from tests.layer_process import apply
 from tests.processes import run_together
+
+# As the other processes compile.
+pytestmark = pytest.mark.light_compile
 
 
 @pytest.mark.slow
 def test_one_two_and_four_processes_compute_the_same_bytes(tmp_path):
-    for processes in (1, 2, 4):
+    apply(0, 1, tmp_path)
+    for processes in (2, 4):
         run_together("tests.layer_process", processes, tmp_path)
     for start in (0, 16, 32, 48):
         rows = [np.load(tmp_path / f"rows_{n}_{start}.npy") for n in (1, 2, 4)]

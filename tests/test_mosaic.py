@@ -173,8 +173,9 @@ def test_interpreted_the_products_are_numpys(tiles, width):
         assert_close(activated, ACTIVATIONS["swiglu"](jnp.asarray(product)))
 
 
+@pytest.mark.slow
 @can_interpret
-@pytest.mark.parametrize("width", [64, pytest.param(384, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("width", [64, 384])
 def test_interpreted_the_gradient_of_the_weights_is_numpys(width):
     rows, weights, grad = drawn(width)
     with interpreted(detect_races=True):

@@ -40,6 +40,7 @@ def largest(load, slots, num_ranks):
     return rank_load_of(load, slots, num_ranks).max(axis=1)
 
 
+@pytest.mark.slow
 @given(placements())
 def test_the_fullest_rank_never_gets_fuller(problem):
     load, slots, num_ranks = problem

@@ -102,6 +102,7 @@ def test_the_future_changes_nothing_but_for_the_oracle():
     assert (np.asarray(before[-1, 8]) != np.asarray(after[-1, 8])).any()
 
 
+@pytest.mark.slow
 def test_the_balanced_split_leaves_no_more_than_the_even_one():
     counts = jnp.asarray(changing_counts(), jnp.float32)
     tables = jnp.broadcast_to(jnp.array([0, 1, 2, 3, 0, 1, 4, 5]), (1, 12, 2, 8))

@@ -12,22 +12,29 @@ import yaml
 from jax_eplb import Placement, expert_mesh, save_placement
 from jax_eplb.checkpoint import Checkpoints
 from jax_eplb.cli import main
+from jax_eplb.models.weights import SavedDecoder
 from jax_eplb.serving import read_run
 from tests.processes import finish, free_port, started_together
-from tests.tiny_model import CONFIG, tiny_decoder
+from tests.small_decoder import drawn_on_host
+from tests.tiny_model import CONFIG as TINY
 
 pytestmark = [pytest.mark.light_compile, pytest.mark.slow]
 
 RANKS = 4
-REQUESTS = 60
+REQUESTS = 48
+# Two MoE layers and no more, as each of eight processes compiles them.
+CONFIG = dataclasses.replace(
+    TINY, vocab_size=64, num_layers=2, num_dense_layers=0, shared_hidden_dim=0
+)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model whose weights are a checkpoint, requests, and a plan that is to follow the load."""
     folder = tmp_path_factory.mktemp("processes")
-    placement = Placement.default(num_experts=16, num_slots=24, num_ranks=RANKS, layer_ids=(1, 2))
-    params = tiny_decoder().on_mesh(placement, expert_mesh(RANKS), "expert", np.float32)
+    placement = Placement.default(num_experts=16, num_slots=24, num_ranks=RANKS, layer_ids=(0, 1))
+    saved = SavedDecoder(CONFIG, drawn_on_host(CONFIG), {})
+    params = saved.on_mesh(placement, expert_mesh(RANKS), "expert", np.float32)
     with Checkpoints(folder / "weights") as checkpoints:
         checkpoints.save(0, params, placement)
     values = {"weights": "weights", "model": dataclasses.asdict(CONFIG)}

@@ -114,6 +114,7 @@ def test_balanced_split_agrees_with_a_linear_programme(capacity):
     assert (height.max(axis=1) <= best + 2e-3 * mean + 1e-6).all()
 
 
+@pytest.mark.slow
 @given(counts)
 def test_balanced_split_keeps_every_token_and_is_no_worse_than_the_even_one(load):
     tokens = balanced_split(load, SLOTS, 4, 4)
