@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import signal
 import time
 
 import numpy as np
@@ -12,29 +13,22 @@ import yaml
 from jax_eplb import Placement, expert_mesh, save_placement
 from jax_eplb.checkpoint import Checkpoints
 from jax_eplb.cli import main
-from jax_eplb.models.weights import SavedDecoder
 from jax_eplb.serving import read_run
 from tests.processes import finish, free_port, started_together
-from tests.small_decoder import drawn_on_host
-from tests.tiny_model import CONFIG as TINY
+from tests.tiny_model import CONFIG, tiny_decoder
 
 pytestmark = [pytest.mark.light_compile, pytest.mark.slow]
 
 RANKS = 4
-REQUESTS = 48
-# Two MoE layers and no more, as each of eight processes compiles them.
-CONFIG = dataclasses.replace(
-    TINY, vocab_size=64, num_layers=2, num_dense_layers=0, shared_hidden_dim=0
-)
+REQUESTS = 60
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model whose weights are a checkpoint, requests, and a plan that is to follow the load."""
     folder = tmp_path_factory.mktemp("processes")
-    placement = Placement.default(num_experts=16, num_slots=24, num_ranks=RANKS, layer_ids=(0, 1))
-    saved = SavedDecoder(CONFIG, drawn_on_host(CONFIG), {})
-    params = saved.on_mesh(placement, expert_mesh(RANKS), "expert", np.float32)
+    placement = Placement.default(num_experts=16, num_slots=24, num_ranks=RANKS, layer_ids=(1, 2))
+    params = tiny_decoder().on_mesh(placement, expert_mesh(RANKS), "expert", np.float32)
     with Checkpoints(folder / "weights") as checkpoints:
         checkpoints.save(0, params, placement)
     values = {"weights": "weights", "model": dataclasses.asdict(CONFIG)}
@@ -101,7 +95,9 @@ def test_three_processes_go_on_where_four_lost_one(folder, alone, tmp_path):
         for process in started:  # nobody waits for ever for who is gone
             _, error = process.communicate(timeout=100)
             assert process.returncode != 0
-            assert process is started[2] or "process" in error
+            # XLA's own threads may notice first, and end the process before ours can say so.
+            says_why = "process" in error or process.returncode == -signal.SIGABRT
+            assert process is started[2] or says_why, error
     written = rows_of(out)
     assert 8 <= written < REQUESTS
     kept = read_run(f"{out}.kept")
