@@ -15,7 +15,6 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 
@@ -24,6 +23,7 @@ from benchmarks.replayed_routing import Replay, count_ids, read_traces
 from benchmarks.replica_choice import all_shares
 from benchmarks.setting import EFFORTS
 from benchmarks.tables import Column, Table
+from jax_eplb import metrics
 from jax_eplb.placement import fewest_slots
 from jax_eplb.planner import plan
 from jax_eplb.routing import Ranks
@@ -93,10 +93,7 @@ def measure(
         tables = placement.tables(with_leveling=True)
         share = all_shares(policy, ranks)
         found = np.stack(
-            [
-                share(counts[layer], jax.tree.map(lambda table: table[layer], tables))  # noqa: B023
-                for layer in range(_LAYERS)
-            ]
+            [share(counts[layer], tables.of_layer(layer)) for layer in range(_LAYERS)]
         )  # [L, batches, P, S]
         pairs = found.reshape(*found.shape[:3], num_ranks, -1).sum(axis=-1)  # [L, batches, P, P]
         loads, fullest = pairs.sum(axis=2), pairs.max(axis=(2, 3))
@@ -107,7 +104,7 @@ def measure(
             "slots": num_slots,
             "tokens": num_tokens // num_ranks,
             "policy": name,
-            "imbalance": float((loads.max(axis=-1) / loads.mean(axis=-1) - 1).mean()),
+            "imbalance": float(metrics.imbalance(loads).mean()),
             "pair": float((fullest / even_share).mean()),
             "fullest_pair": float((fullest / even_share).max()),
             "stays": float(pairs.trace(axis1=2, axis2=3).sum() / pairs.sum()),

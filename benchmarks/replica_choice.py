@@ -203,7 +203,7 @@ def score(policy: str, counts: np.ndarray, placement: Placement) -> tuple[np.nda
 def _layers(placement: Placement):
     tables = placement.tables(with_leveling=True)
     for layer in range(placement.num_layers):
-        yield jax.tree.map(lambda table: table[layer], tables)  # noqa: B023 - used at once
+        yield tables.of_layer(layer)
 
 
 @functools.cache

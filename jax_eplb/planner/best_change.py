@@ -48,7 +48,7 @@ def _emptiest_to_come(
     slots: Slots, load: Float[Array, "E L"], held: Int[Array, "N L"]
 ) -> tuple[Int[Array, "L"], Float[Array, "L"]]:
     """The expert whose next replica would be the smallest, of those not in `held`, and its size."""
-    share = jnp.where(_may_grow(slots), load / (slots.count + 1.0), jnp.inf)
+    share = jnp.where(slots.count < _most_replicas(slots), load / (slots.count + 1.0), jnp.inf)
     ids = jnp.arange(len(share), dtype=jnp.int32)[:, None]
 
     def bar(i, share):
@@ -179,21 +179,17 @@ def _after_replacement_there(
     """Height of the fullest changed rank once each slot holds one more replica of own expert i."""
     count, total = _count_and_load(view, i)
     smaller = total / (count + 1.0)
-    may_grow = jnp.take_along_axis(_may_grow(view.slots), view.own[i][None], axis=0)[0]
     left = view.top - (view.own_weights[i] - smaller) * view.own_slowness
     other = jnp.where(holds, jnp.inf, view.height)[:, None]
     grown = other + (smaller[None, None] - view.slots.weights) * view.slowness[:, None]
     after = jnp.maximum(jnp.maximum(left[None, None], grown), lost)
-    return jnp.where(may_grow[None, None], after, jnp.inf)
+    return jnp.where((count < _most_replicas(view.slots))[None, None], after, jnp.inf)
 
 
-def _may_grow(slots: Slots) -> Bool[Array, "E L"]:
-    """Whether tables have room for a further replica.
-
-    They always have, but in a placement from elsewhere that has two of an expert on one rank.
-    """
+def _most_replicas(slots: Slots) -> int:
+    """That tables have room for; only where a rank holds two of an expert could there be more."""
     num_ranks, per_rank, _ = slots.experts.shape
-    return slots.count < max_replicas(len(slots.count), num_ranks * per_rank, num_ranks)
+    return max_replicas(len(slots.count), num_ranks * per_rank, num_ranks)
 
 
 def _count_and_load(view: _View, i) -> tuple[Float[Array, "L"], Float[Array, "L"]]:

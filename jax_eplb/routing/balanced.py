@@ -4,7 +4,6 @@ Axes: P ranks, E experts, S slots, J slots of experts that have several.
 """
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +12,10 @@ from jaxtyping import Array, Int
 from jax_eplb.routing.balanced_kernel import MAX_REPLICATED_SLOTS, kernel_share
 from jax_eplb.routing.leveling import describe, whole_quota
 from jax_eplb.routing.own_share import (
-    BANDS,
     NodeSupply,
     Supply,
     alike_share,
-    band_start,
+    before_in_bands,
     near_share,
 )
 from jax_eplb.routing.ranks import Ranks
@@ -112,19 +110,11 @@ def plain_share(
             near = NodeSupply(node, rank // per_node, pick(near_before, expert), there)
         replicated = near_share(quota, supply, near, rank, replicas)
     else:
-        before = [pick(band, expert) for band in _bands_before(counts, rank)]
+        is_before = (jnp.arange(len(counts)) < rank)[:, None]
+        bands = before_in_bands(counts, is_before)
+        before = [pick(band.sum(axis=0, dtype=jnp.int32), expert) for band in bands]
         replicated = alike_share(quota, own, before, replicas)
     return share.at[slot].set(replicated, mode="drop", unique_indices=True)
-
-
-def _bands_before(counts: Int[Array, "P E"], rank: Int[Array, ""]) -> list[Int[Array, "E"]]:
-    """For each band, the tokens of each expert that come before the rank's."""
-    is_before = (jnp.arange(len(counts)) < rank)[:, None]
-    starts = [band_start(counts, band) for band in range(BANDS + 1)]
-    return [
-        jnp.where(is_before, end, start).sum(axis=0, dtype=jnp.int32)
-        for start, end in itertools.pairwise(starts)
-    ]
 
 
 def _nearness(

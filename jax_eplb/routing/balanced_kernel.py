@@ -7,7 +7,6 @@ takes as long as a dozen of them. The matrix of the division stays in registers.
 """
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from jax_eplb.routing.own_share import (
     NodeSupply,
     Supply,
     alike_share,
-    band_start,
+    before_in_bands,
     near_share,
 )
 from jax_eplb.routing.ranks import Ranks
@@ -182,9 +181,7 @@ def _add_up(counts_ref, rank, ranks: Ranks):
     def parts(row, values):
         is_before = row < rank
         if not ranks.prefers_near:
-            starts = [band_start(values, band) for band in range(BANDS + 1)]
-            bands = itertools.pairwise(starts)
-            return [values, *(jnp.where(is_before, end, start) for start, end in bands)]
+            return [values, *before_in_bands(values, is_before)]
         before = jnp.where(is_before, values, 0)
         return [values, before, jnp.where(row >= first_near, before, 0)]
 

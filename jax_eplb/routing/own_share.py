@@ -4,12 +4,13 @@ Axes: J slots of experts that have several, as in `leveling`. What is divided ar
 slots, whole tokens; which rank's tokens fill them costs no balance and can be chosen.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from jax_eplb.routing.leveling import Replicas, mask_of, total
 
@@ -27,6 +28,17 @@ def band_start(tokens: Int[Array, "..."], band: int) -> Int[Array, "..."]:
     # In two parts: the product with all tokens might not fit. No `//`, as they are not negative.
     number = jnp.int32(BANDS)
     return lax.div(tokens, number) * band + lax.div(lax.rem(tokens, number) * band, number)
+
+
+def before_in_bands(
+    tokens: Int[Array, "..."], is_before: Bool[Array, "..."]
+) -> list[Int[Array, "..."]]:
+    """For each band, those of a rank's tokens that come before a given rank's.
+
+    `is_before`: whether the rank is, in the order of ranks; only then its own band counts, too.
+    """
+    starts = [band_start(tokens, band) for band in range(BANDS + 1)]
+    return [jnp.where(is_before, end, start) for start, end in itertools.pairwise(starts)]
 
 
 def alike_share(
