@@ -93,15 +93,19 @@ def place_tables(placement: Placement, config: MoEConfig, mesh: Mesh) -> Placeme
 
 
 def draw_tokens(shape: Shape, num_tokens: int, mesh: Mesh, dtype) -> Array:
-    """Random tokens [P·T, D] of all ranks."""
-    drawn = np.random.default_rng(_SEED).standard_normal((num_tokens, shape.embed), np.float32)
-    return place_tokens(drawn, mesh, dtype)
+    """Random tokens [P·T, D] of all ranks, each rank's made where they stay."""
+    of_rank = num_tokens // mesh.shape[AXIS]
+
+    def local():
+        key = jax.random.fold_in(jax.random.key(_SEED), jax.lax.axis_index(AXIS))
+        return jax.random.normal(key, (of_rank, shape.embed), dtype)
+
+    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(), out_specs=P(AXIS)))()
 
 
-def place_tokens(tokens: np.ndarray, mesh: Mesh, dtype) -> Array:
-    """Tokens [..., P·T, D] divided among the ranks along the last axis but one."""
-    leading = (None,) * (tokens.ndim - 2)
-    return _put(tokens.astype(dtype), NamedSharding(mesh, P(*leading, AXIS)))
+def spread(array: np.ndarray, mesh: Mesh, axis: int) -> Array:
+    """The array divided among the ranks along that axis."""
+    return _put(array, NamedSharding(mesh, P(*(None,) * axis, AXIS)))
 
 
 def _put(array: np.ndarray, sharding: NamedSharding) -> Array:

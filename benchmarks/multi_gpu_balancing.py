@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from benchmarks.ceilings import burst_ms, compile_all
 from benchmarks.layer_stack import (
@@ -19,9 +20,10 @@ from benchmarks.layer_stack import (
     Shape,
     make_params,
     place_tables,
-    place_tokens,
     separate_layers,
+    spread,
 )
+from benchmarks.progress import say
 from benchmarks.replayed_routing import Replay, count_ids, routers, tokens_for
 from benchmarks.tables import Column, Table
 from benchmarks.timing import in_turn
@@ -30,6 +32,7 @@ from jax_eplb.placement import Placement, fewest_slots
 from jax_eplb.planner import plan
 from jax_eplb.tables import PlacementTables
 
+_SEED = 20261127
 _LAYERS = 4  # of the recording, evenly spaced
 COLUMNS = [
     Column("recording", "recording"),
@@ -94,12 +97,15 @@ def measure_balancing(
         shape = shapes[replay.num_experts]._replace(top_k=replay.top_k)
         chosen = np.linspace(0, replay.counts.shape[1] - 1, _LAYERS).round().astype(int)
         kept = routers(_LAYERS, shape.embed, shape.experts)
-        with ThreadPoolExecutor() as pool:  # compiling planners takes most of the time
+        placed = [variant for variant in VARIANTS if not variant.uniform]
+        say(f"{replay.name}: planning")
+        with ThreadPoolExecutor() as pool:  # planners are compiled
             prepare = functools.partial(_prepare, replay, chosen, shape, mesh, kept, effort, dtype)
-            prepared = dict(zip(VARIANTS, pool.map(prepare, VARIANTS), strict=True))
+            prepared = dict(zip(placed, pool.map(prepare, placed), strict=True))
         for num_tokens in batches:
             total = num_tokens * mesh.shape[AXIS]
             uniform = _batch(replay.uniform(_LAYERS, total), kept, mesh, dtype)
+            say(f"{replay.name}: compiling for {num_tokens} tokens")
             compiled = compile_all(
                 {
                     variant: (found.step, (found.params, found.tables, uniform.tokens))
@@ -108,11 +114,14 @@ def measure_balancing(
             )
             times = []
             for window in range(windows):
+                say(f"{replay.name}: window {window + 1} of {windows}")
                 skewed = _batch(replay.batch(chosen, total, window, windows), kept, mesh, dtype)
                 calls, imbalance = {}, {}
-                for variant, (_, params, tables) in prepared.items():
+                for variant in VARIANTS:
+                    where = placed[0] if variant.uniform else variant
                     ids, tokens = uniform if variant.uniform else skewed
-                    call = functools.partial(compiled[variant], params, tables, tokens)
+                    _, params, tables = prepared[where]
+                    call = functools.partial(compiled[where], params, tables, tokens)
                     imbalance[variant] = _imbalance(call(), ids, f"{replay.name}, {variant.name}")
                     calls[variant] = functools.partial(burst_ms, call, bursts=1)
                 found = in_turn(calls, rounds)
@@ -132,7 +141,7 @@ def _prepare(
         )
     else:
         seen = replay.counts[: len(replay.counts) // 2, chosen]
-        with jax.default_device(jax.devices("cpu")[0]):
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
             planned = plan(seen, num_slots, num_ranks, split=variant.split, effort=effort)
         placement = planned.placement
     choice = "balanced" if variant.split == "balanced" else "even"
@@ -142,7 +151,21 @@ def _prepare(
 
 
 def _batch(ids: np.ndarray, kept: np.ndarray, mesh: Mesh, dtype) -> Batch:
-    return Batch(ids, place_tokens(tokens_for(ids, kept), mesh, dtype))
+    return Batch(ids, _make_tokens(spread(ids.astype(np.int32), mesh, 1), kept, mesh, dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "dtype"))
+def _make_tokens(expert_ids, kept, mesh: Mesh, dtype) -> jax.Array:
+    """Tokens [L, P·T, D], each rank's made where they stay."""
+
+    def local(expert_ids, kept):
+        key = jax.random.fold_in(jax.random.key(_SEED), jax.lax.axis_index(AXIS))
+        return jax.lax.map(lambda layer: tokens_for(*layer, key).astype(dtype), (expert_ids, kept))
+
+    in_specs = (P(None, AXIS), P())
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=P(None, AXIS))(
+        expert_ids, kept
+    )
 
 
 def _imbalance(counts, ids: np.ndarray, case: str) -> float:

@@ -21,6 +21,7 @@ from benchmarks.layer_stack import (
     place_tables,
     stack_step,
 )
+from benchmarks.progress import say
 from benchmarks.tables import Column, Table
 from benchmarks.timing import in_turn
 from jax_eplb.moe.config import MoEConfig
@@ -62,6 +63,7 @@ def measure_exchange(
         params = make_params(shape, plain, mesh, num_layers, dtype)
         tables = place_tables(placement, plain, mesh)
         for num_tokens in batches:
+            say(f"exchange, {shape.name}, {num_tokens} tokens")
             tokens = draw_tokens(shape, num_ranks * num_tokens, mesh, dtype)
             programs = {
                 name: _programs(shape.config(num_slots, num_ranks, exchange=name), mesh)

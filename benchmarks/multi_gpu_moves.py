@@ -21,6 +21,7 @@ from benchmarks.layer_stack import (
     place_tables,
     stack_step,
 )
+from benchmarks.progress import say
 from benchmarks.tables import Column, Table
 from jax_eplb.moving import apply_moves, find_moves, prepare_moves, stage_moves
 from jax_eplb.placement import Placement, fewest_slots
@@ -69,6 +70,7 @@ def measure_moves(
             num_slots=num_slots,
         )
         table = np.asarray(placement.slot_to_expert)
+        say(f"moves, {shape.name}")
         params = make_params(shape, config, mesh, num_layers, dtype)
         most = min(_MOST_SLOTS, config.slots_per_rank)
         prepare_moves(params, most)

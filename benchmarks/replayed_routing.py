@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from benchmarks.recording_files import RecordingError, read_recordings
 
@@ -119,19 +122,19 @@ def routers(num_layers: int, embed: int, experts: int) -> np.ndarray:
     return np.linalg.qr(drawn)[0].astype(np.float32)
 
 
-def tokens_for(expert_ids: np.ndarray, routers: np.ndarray) -> np.ndarray:
-    """Tokens float32[L, T, D] that the routers [L, D, E] send to `expert_ids` [L, T, K], in order.
+def tokens_for(
+    expert_ids: Int[Array, "T K"], router: Float[Array, "D E"], key: Array
+) -> Float[Array, "T D"]:
+    """Tokens float32[T, D] that a router [D, E] of `routers` sends to `expert_ids`, in order.
 
-    >>> router, ids = routers(1, 8, 4), np.array([[[2, 0], [1, 3]]])
-    >>> logits = tokens_for(ids, router) @ router
-    >>> np.argsort(-logits, axis=-1)[..., :2].tolist()
-    [[[2, 0], [1, 3]]]
+    >>> router, ids = routers(1, 8, 4)[0], jnp.array([[2, 0], [1, 3]])
+    >>> logits = tokens_for(ids, router, jax.random.key(0)) @ router
+    >>> jnp.argsort(-logits, axis=-1)[..., :2].tolist()
+    [[2, 0], [1, 3]]
     """
-    num_layers, num_tokens, top_k = expert_ids.shape
-    _, embed, experts = routers.shape
-    generator = np.random.default_rng(_SEED)
-    logits = np.zeros((num_layers, num_tokens, experts), np.float32)
-    values = np.float32(_LOGITS) - np.float32(_STEP) * np.arange(top_k, dtype=np.float32)
-    np.put_along_axis(logits, expert_ids, np.broadcast_to(values, expert_ids.shape), axis=-1)
-    noise = generator.standard_normal((num_tokens, embed), np.float32) * np.float32(_NOISE)
-    return logits @ routers.swapaxes(1, 2) + noise[None]
+    (num_tokens, top_k), (embed, experts) = expert_ids.shape, router.shape
+    values = _LOGITS - _STEP * jnp.arange(top_k, dtype=jnp.float32)
+    chosen = jax.nn.one_hot(expert_ids, experts, dtype=jnp.float32)  # [T, K, E]
+    logits = jnp.einsum("tke,k->te", chosen, values)
+    noise = jax.random.normal(key, (num_tokens, embed), jnp.float32) * _NOISE
+    return logits @ router.T + noise

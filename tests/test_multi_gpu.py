@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -19,7 +20,8 @@ def test_tokens_choose_the_experts_they_were_made_for():
     generator = np.random.default_rng(0)
     ids = np.stack([generator.permutation(32)[:6] for _ in range(3 * 50)]).reshape(3, 50, 6)
     kept = routers(3, 64, 32)
-    logits = tokens_for(ids, kept) @ kept
+    tokens = jax.vmap(tokens_for, in_axes=(0, 0, None))(ids, kept, jax.random.key(0))
+    logits = np.asarray(tokens @ kept)
     np.testing.assert_array_equal(np.argsort(-logits, axis=-1)[..., :6], ids)
     # The others are far below: rounding to bfloat16 changes no choice.
     chosen = np.take_along_axis(logits, ids, axis=-1)
