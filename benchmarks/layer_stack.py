@@ -121,16 +121,17 @@ def stack_step(config: MoEConfig, mesh: Mesh) -> Callable:
 
     def local(params, tables, tokens):
         mask = jnp.ones(len(tokens), bool)
+        rows, tables_of = tables.in_one_array()
 
         def layer(tokens, inputs):
-            index, router, tables = inputs
+            index, router, row = inputs
             own = MoEParams(router, params.experts._replace(layer=index))
-            out = moe_forward(own, tables, tokens, mask, config=config, axis_name=AXIS)
+            out = moe_forward(own, tables_of(row), tokens, mask, config=config, axis_name=AXIS)
             wide = tokens.astype(jnp.float32) + out.tokens.astype(jnp.float32)
             scale = jax.lax.rsqrt(jnp.square(wide).mean(axis=1, keepdims=True) + 1e-6)
             return (wide * scale).astype(tokens.dtype), (out.expert_tokens, out.rank_tokens)
 
-        tokens, counts = jax.lax.scan(layer, tokens, (_layers(params), params.router, tables))
+        tokens, counts = jax.lax.scan(layer, tokens, (_layers(params), params.router, rows))
         return tokens, jax.tree.map(lambda x: x[None], counts)
 
     return _sharded(local, mesh, (_params_spec(), P(), P(AXIS)))
@@ -141,17 +142,18 @@ def separate_layers(config: MoEConfig, mesh: Mesh) -> Callable:
 
     def local(params, tables, tokens):
         mask = jnp.ones(tokens.shape[1], bool)
+        rows, tables_of = tables.in_one_array()
 
         def layer(total, inputs):
-            index, router, tables, tokens = inputs
+            index, router, row, tokens = inputs
             own = MoEParams(router, params.experts._replace(layer=index))
-            out = moe_forward(own, tables, tokens, mask, config=config, axis_name=AXIS)
+            out = moe_forward(own, tables_of(row), tokens, mask, config=config, axis_name=AXIS)
             # What is not read would not be computed.
             total = total + out.tokens.astype(jnp.float32).sum(axis=0)
             return total, (out.expert_tokens, out.rank_tokens)
 
         zero = jax.lax.pcast(jnp.zeros(tokens.shape[2], jnp.float32), AXIS, to="varying")
-        total, counts = jax.lax.scan(layer, zero, (_layers(params), params.router, tables, tokens))
+        total, counts = jax.lax.scan(layer, zero, (_layers(params), params.router, rows, tokens))
         return total[None], jax.tree.map(lambda x: x[None], counts)
 
     return _sharded(local, mesh, (_params_spec(), P(), P(None, AXIS)))

@@ -160,7 +160,12 @@ def _make_tokens(expert_ids, kept, mesh: Mesh, dtype) -> jax.Array:
 
     def local(expert_ids, kept):
         key = jax.random.fold_in(jax.random.key(_SEED), jax.lax.axis_index(AXIS))
-        return jax.lax.map(lambda layer: tokens_for(*layer, key).astype(dtype), (expert_ids, kept))
+
+        def layer(arrays):
+            ids, router = arrays
+            return tokens_for(ids, router, key).astype(dtype)
+
+        return jax.lax.map(layer, (expert_ids, kept))
 
     in_specs = (P(None, AXIS), P())
     return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=P(None, AXIS))(

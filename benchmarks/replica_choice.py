@@ -38,7 +38,7 @@ from benchmarks.timing import time_warm
 from jax_eplb.commands.progress import progress_bars
 from jax_eplb.placement import Placement, fewest_slots
 from jax_eplb.routing import Ranks
-from jax_eplb.routing.balanced import balanced_share
+from jax_eplb.routing.balanced import balanced_shares
 from jax_eplb.routing.even import even_share
 from jax_eplb.routing.local import local_share
 
@@ -52,11 +52,21 @@ _RANKS = 8
 _SEED = 20261124
 
 
-# A rank's share [S] from all counts [P, E], the layer's tables, the rank, and the ranks.
+def _each(share: Callable) -> Callable:
+    """All ranks' shares by what gives one of them from its own counts."""
+
+    def shares(counts, tables, ranks):
+        every = jnp.arange(ranks.num_ranks, dtype=jnp.int32)
+        return jax.vmap(lambda own, rank: share(own, tables, rank, ranks))(counts, every)
+
+    return shares
+
+
+# Each rank's share [P, S] from all counts [P, E], the layer's tables, and the ranks.
 POLICIES: dict[str, Callable] = {
-    "even": lambda counts, tables, rank, ranks: even_share(counts[rank], tables, rank),
-    "local": lambda counts, tables, rank, ranks: local_share(counts[rank], tables, rank, ranks),
-    "balanced": balanced_share,
+    "even": _each(lambda own, tables, rank, ranks: even_share(own, tables, rank)),
+    "local": _each(local_share),
+    "balanced": balanced_shares,
 }
 
 
@@ -213,21 +223,18 @@ def all_shares(policy: str, ranks: Ranks) -> Callable:
     One after the other, so that a kernel runs as it does in a layer.
     """
 
-    def of_window(counts, tables):
-        every = jnp.arange(ranks.num_ranks, dtype=jnp.int32)
-        return jax.lax.map(lambda rank: POLICIES[policy](counts, tables, rank, ranks), every)
-
-    return jax.jit(lambda counts, tables: jax.lax.map(lambda c: of_window(c, tables), counts))
+    share = POLICIES[policy]
+    return jax.jit(lambda counts, tables: jax.lax.map(lambda c: share(c, tables, ranks), counts))
 
 
 def solve_us(policy: str, counts: np.ndarray, placement: Placement) -> float:
-    """Median time of a layer in a jitted pass over all of them, for one rank, from [L, P, E]."""
+    """Median time of a layer in a jitted pass over all of them, for all ranks, from [L, P, E]."""
     ranks = Ranks("expert", placement.num_ranks, placement.slots_per_rank)
 
     @jax.jit
     def every_layer(counts, tables):
-        rank = jnp.int32(ranks.num_ranks // 2)
-        return jax.lax.map(lambda x: POLICIES[policy](x[0], x[1], rank, ranks), (counts, tables))
+        rows, tables_of = tables.in_one_array()
+        return jax.lax.map(lambda x: POLICIES[policy](x[0], tables_of(x[1]), ranks), (counts, rows))
 
     arguments = jnp.asarray(counts), placement.tables(with_leveling=True)
     median_ms = time_warm(lambda: every_layer(*arguments), rounds=20).median_ms

@@ -5,6 +5,9 @@ that have several.
 """
 
 import functools
+import itertools
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -36,6 +39,7 @@ class PlacementTables(NamedTuple):
     slots_by_expert: Int[Array, "L S"]
     expert_to_slots: Int[Array, "L E R"]  # ascending; S past an expert's last replica
     replica_count: Int[Array, "L E"]
+    replica_index: Int[Array, "L S"]  # which of its expert's slots, ascending, each slot is
     # The slots of experts that have several, as they stand in `slots_by_expert`; S past the last.
     replicated_slots: Int[Array, "L J"]
     # Of `leveling_operator`, for the replica choice `balanced`; "L 0 0" where it was not asked for.
@@ -46,6 +50,29 @@ class PlacementTables(NamedTuple):
     def of_layer(self, position: int) -> "PlacementTables":
         """One layer's tables, by its position among the layers."""
         return PlacementTables(*(table[position] for table in self))
+
+    def in_one_array(self) -> tuple[Int[Array, "L M"], Callable[[Array], "PlacementTables"]]:
+        """All tables side by side, for `scan` over layers; and what takes one row of it apart.
+
+        `scan` cuts each array that it goes over apart in a launch of its own, which on a GPU takes
+        a decoding step longer than all that is in them.
+        """
+        shapes = [table.shape[1:] for table in self]
+        types = [table.dtype for table in self]
+        ends = list(itertools.accumulate(math.prod(shape) for shape in shapes))
+        bits = [jax.lax.bitcast_convert_type(table, jnp.int32) for table in self]
+        rows = [table.reshape(table.shape[0], -1) for table in bits]
+
+        def apart(row):
+            parts = jnp.split(row, ends[:-1])
+            return PlacementTables(
+                *(
+                    jax.lax.bitcast_convert_type(part.reshape(shape), dtype)
+                    for part, shape, dtype in zip(parts, shapes, types, strict=True)
+                )
+            )
+
+        return jnp.concatenate(rows, axis=1), apart
 
 
 def max_replicated_slots(num_experts: int, num_slots: int) -> int:
@@ -94,6 +121,9 @@ def derive_tables(
         position = first[:, None] + replica  # [E, R]
         held = replica < count[:, None]
         slots = jnp.where(held, order[jnp.minimum(position, num_slots - 1)], num_slots)
+        own = first.at[experts[order]].get(mode="fill", fill_value=num_slots)  # of empty slots, too
+        index = jnp.maximum(jnp.arange(num_slots, dtype=jnp.int32) - own, 0)
+        index = jnp.zeros(num_slots, jnp.int32).at[order].set(index, unique_indices=True)
         several = count.at[experts[order]].get(mode="fill", fill_value=0) > 1
         num_places = max_replicated_slots(num_experts, num_slots)
         place = jnp.where(several, jnp.cumsum(several) - 1, num_places)
@@ -102,7 +132,7 @@ def derive_tables(
         if with_leveling:
             leveling = leveling_operator(replicated, experts, num_slots // num_ranks)
         slots = slots.astype(jnp.int32)
-        return PlacementTables(experts, order, slots, count, replicated, leveling, handicap)
+        return PlacementTables(experts, order, slots, count, index, replicated, leveling, handicap)
 
     return jax.vmap(one_layer)(slot_to_expert.astype(jnp.int32))
 

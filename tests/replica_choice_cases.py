@@ -82,11 +82,10 @@ def compiled(policy: Callable, ranks: Ranks | None = None) -> Callable:
     return jax.jit(policy if ranks is None else functools.partial(policy, ranks=ranks))
 
 
-def shares(call: Callable, batch: Batch, *, own_counts: bool = True) -> np.ndarray:
-    """int64[P, S]: what each rank sends to each slot, from its own counts or from all."""
-    tables, counts = batch.tables, batch.counts
-    given = [counts[rank] if own_counts else counts for rank in range(len(counts))]
-    return np.array([call(c, tables, np.int32(r)) for r, c in enumerate(given)], np.int64)
+def shares(call: Callable, batch: Batch) -> np.ndarray:
+    """int64[P, S]: what each rank sends to each slot, each from its own counts."""
+    tables = batch.tables
+    return np.array([call(c, tables, np.int32(r)) for r, c in enumerate(batch.counts)], np.int64)
 
 
 def check_shares(found: np.ndarray, batch: Batch) -> None:

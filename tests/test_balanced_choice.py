@@ -12,8 +12,8 @@ from scipy.optimize import linprog
 
 from jax_eplb.mesh import expert_mesh
 from jax_eplb.routing import Ranks
-from jax_eplb.routing.balanced import balanced, balanced_share, plain_share
-from jax_eplb.routing.balanced_kernel import kernel_share
+from jax_eplb.routing.balanced import balanced, balanced_shares, plain_shares
+from jax_eplb.routing.balanced_kernel import kernel_shares
 from tests.replica_choice_cases import (
     SHAPES,
     Batch,
@@ -21,7 +21,6 @@ from tests.replica_choice_cases import (
     check_shares,
     compiled,
     draw_batch,
-    shares,
 )
 
 pytestmark = pytest.mark.light_compile
@@ -29,7 +28,7 @@ pytestmark = pytest.mark.light_compile
 
 def divided(batch: Batch) -> np.ndarray:
     """int64[P, S]."""
-    return shares(compiled(plain_share, batch.ranks), batch, own_counts=False)
+    return np.asarray(compiled(plain_shares, batch.ranks)(batch.counts, batch.tables), np.int64)
 
 
 def rank_loads(share: np.ndarray, batch: Batch) -> np.ndarray:
@@ -176,17 +175,18 @@ def test_the_kernel_and_plain_jax_agree_to_the_token(shape):
             batch = batch._replace(capacity=np.linspace(0.3, 1.0, batch.ranks.num_ranks))
         batch = batch._replace(ranks=batch.ranks._replace(prefers_near=seed % 3 == 0))
         kernel = interpreted(batch.ranks)
-        np.testing.assert_array_equal(shares(kernel, batch, own_counts=False), divided(batch))
+        np.testing.assert_array_equal(kernel(batch.counts, batch.tables), divided(batch))
 
 
 @functools.cache
 def interpreted(ranks: Ranks):
-    return jax.jit(functools.partial(kernel_share, ranks=ranks, interpret=True))
+    return jax.jit(functools.partial(kernel_shares, ranks=ranks, interpret=True))
 
 
 def in_shard_map(batch: Batch):
     def own(counts, tables):
-        return balanced(counts[0], tables, batch.ranks)[None]
+        found = balanced(counts[0], tables, batch.ranks)
+        return found.own[None], found.of_all[None]
 
     specs = {"in_specs": (P("expert"), P()), "out_specs": P("expert")}
     return jax.jit(jax.shard_map(own, mesh=expert_mesh(batch.ranks.num_ranks), **specs))
@@ -195,8 +195,10 @@ def in_shard_map(batch: Batch):
 @pytest.mark.slow
 def test_in_a_shard_map_each_rank_reads_off_its_own_share():
     batch = draw_batch((7, 12, 6, 3), 1)
-    found = in_shard_map(batch)(batch.counts, batch.tables)
-    np.testing.assert_array_equal(found, divided(batch))
+    own, of_all = in_shard_map(batch)(batch.counts, batch.tables)
+    np.testing.assert_array_equal(own, divided(batch))
+    for told in np.asarray(of_all):
+        np.testing.assert_array_equal(told, own)
 
 
 @pytest.mark.slow
@@ -204,10 +206,10 @@ def test_in_a_shard_map_each_rank_reads_off_its_own_share():
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 def test_on_a_gpu_it_is_one_kernel():
     batch = draw_batch((7, 12, 6, 3), 1)
-    run = jax.jit(functools.partial(balanced_share, ranks=batch.ranks))
+    run = jax.jit(functools.partial(balanced_shares, ranks=batch.ranks))
     gpu = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="cuda")
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=gpu)):
-        traced = run.trace(jnp.asarray(batch.counts), batch.tables, jnp.int32(1))
+        traced = run.trace(jnp.asarray(batch.counts), batch.tables)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("xla.gpu.triton") == 1
     assert "stablehlo.while" not in text

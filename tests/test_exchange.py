@@ -49,7 +49,7 @@ def times_slot_weights(rows, weights, group_sizes):
     return grouped_matmul(rows, weights, group_sizes, implementation="blocked")
 
 
-def order_of(slots):
+def order_of(slots, ranks):
     """The order by slot of slots [T, K]; S for padding."""
     flat = slots.reshape(-1)
     choice = jnp.argsort(flat, stable=True).astype(jnp.int32)
@@ -58,20 +58,21 @@ def order_of(slots):
     return SlotOrder(
         jnp.where(is_padding[choice], flat.size, choice),
         jnp.where(is_padding, flat.size, place).reshape(slots.shape),
-        jnp.zeros(SLOTS, jnp.int32).at[flat].add(1, mode="drop"),
+        ranks.tell_all(jnp.zeros(SLOTS, jnp.int32).at[flat].add(1, mode="drop")),
     )
 
 
 @functools.cache
 def exchanger(sizes, ranks=RANKS):
     def local(tokens, weights, slots, params):
+        on_axis = Ranks("expert", ranks, SLOTS // ranks)
         out, computed = exchange(
             times_slot_weights,
             sizes,
-            Ranks("expert", ranks, SLOTS // ranks),
+            on_axis,
             tokens,
             weights,
-            order_of(slots),
+            order_of(slots, on_axis),
             params,
         )
         return out, computed[None]
@@ -210,7 +211,8 @@ def test_parameters_may_hold_integers_which_have_no_gradient(name):
             stack, layer = params
             return times_slot_weights(rows, stack[layer], group_sizes)
 
-        ranks, order = Ranks("expert", RANKS, PER_RANK), order_of(slots)
+        ranks = Ranks("expert", RANKS, PER_RANK)
+        order = order_of(slots, ranks)
         return exchange(compute, EVERY[name], ranks, tokens, weights, order, (stack, layer))[0]
 
     axis, bank = P("expert"), P(None, "expert")

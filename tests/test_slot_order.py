@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from jax_eplb import Placement
 from jax_eplb.kernels import top_k_sort
-from jax_eplb.routing import order_by_slot, segment_of
+from jax_eplb.routing import SlotTokens, order_by_slot, segment_of
+from jax_eplb.routing.even import even_share
+from jax_eplb.routing.slot_order import order_by_xla
+from jax_eplb.routing.slot_order_kernel import order_by_kernel
 from tests.placement_cases import random_table, seeds
 
 pytestmark = pytest.mark.light_compile
@@ -22,7 +26,8 @@ def ordered():
     @jax.jit
     def run(scores, mask, slot_tokens, tables):
         found = top_k_sort(scores, mask, K)
-        return found.experts, order_by_slot(found, slot_tokens, tables)
+        told = SlotTokens(slot_tokens, slot_tokens[None])
+        return found.experts, order_by_slot(found, told, tables)
 
     return run
 
@@ -61,8 +66,38 @@ def test_no_tokens_have_an_order_too():
     tables = Placement.default(num_experts=E, num_slots=S, num_ranks=RANKS).tables()
     tables = tables.of_layer(0)
     found = top_k_sort(jnp.zeros((0, E)), jnp.zeros(0, bool), K)
-    order = order_by_slot(found, jnp.zeros(S, jnp.int32), tables)
+    nothing = jnp.zeros(S, jnp.int32)
+    order = order_by_slot(found, SlotTokens(nothing, nothing[None]), tables)
     assert (order.choice.shape, order.place.shape) == ((0,), (0, K))
+
+
+@pytest.mark.parametrize(("num_tokens", "num_slots"), [(5, 8), (700, 37)])  # of two programs, too
+def test_the_kernel_gives_the_same_order(num_tokens, num_slots):
+    generator = np.random.default_rng(num_slots)
+    experts, per_token = num_slots - 3, 3
+    (table,) = random_table(generator, 1, experts, num_slots, 1)
+    tables = Placement.from_slots(table[None], num_experts=experts, num_ranks=1).tables()
+    tables = tables.of_layer(0)
+    scores = generator.random((num_tokens, experts)).astype(np.float32)
+    found = top_k_sort(scores, generator.random(num_tokens) < 0.8, per_token)
+    slot_tokens = even_share(found.expert_tokens, tables, jnp.int32(0))
+    arrays = found.place, slot_tokens, tables.slots_by_expert
+    by_kernel = order_by_kernel(*arrays, interpret=True)
+    for ours, expected in zip(by_kernel, order_by_xla(*arrays), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.slow
+# JAX 0.12 says that it will drop this backend one day; until then it is what lowers these kernels.
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+def test_on_a_gpu_it_is_one_kernel():
+    tables = Placement.default(num_experts=E, num_slots=S, num_ranks=RANKS).tables()
+    run = ordered()
+    gpu = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="cuda")
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=gpu)):
+        arrays = jnp.zeros((T, E)), jnp.ones(T, bool), jnp.zeros(S, jnp.int32), tables.of_layer(0)
+        text = run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("order_by_slot") >= 1
 
 
 @pytest.mark.slow

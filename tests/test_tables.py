@@ -38,6 +38,18 @@ def test_the_tables_are_what_numpy_derives(drawn, seed):
         np.testing.assert_array_equal(found, expected_row)
     np.testing.assert_array_equal(tables.expert_to_slots, expected)
     np.testing.assert_array_equal(tables.replica_count, (expected < slots).sum(axis=2))
+    for row, slots_of, index in zip(table, expected, tables.replica_index, strict=True):
+        np.testing.assert_array_equal(slots_of[row, index], np.arange(slots))
+
+
+def test_one_array_holds_all_tables_of_a_layer():
+    table = random_table(np.random.default_rng(3), 3, 11, 20, 5)
+    tables = Placement.from_slots(table, num_experts=11, num_ranks=5).tables(with_leveling=True)
+    rows, tables_of = tables.in_one_array()
+    for layer, row in enumerate(rows):
+        for ours, expected in zip(tables_of(row), tables.of_layer(layer), strict=True):
+            assert ours.dtype == expected.dtype
+            np.testing.assert_array_equal(ours, expected)
 
 
 def test_tables_of_two_placements_of_one_shape_compile_once():

@@ -39,7 +39,7 @@ from jax_eplb.planner import plan
 from jax_eplb.plot import imbalance_by_iteration, save_figures
 from jax_eplb.report import rank_tokens
 from jax_eplb.routing import Ranks
-from jax_eplb.routing.balanced import balanced_share
+from jax_eplb.routing.balanced import balanced_shares
 from jax_eplb.serving import Engine, Request, ServingConfig
 from jax_eplb.tables import derive_tables, max_replicas
 
@@ -177,8 +177,8 @@ def _replay(counts, tables, num_ranks: int):
 
     def one_layer(counts, tables):
         everything = jnp.zeros((num_ranks, num_experts), jnp.int32).at[0].set(counts)
-        share = balanced_share(everything, tables, jnp.int32(0), ranks)
-        return share.reshape(num_ranks, -1).sum(axis=1)
+        share = balanced_shares(everything, tables, ranks)
+        return share.reshape(num_ranks, num_ranks, -1).sum(axis=(0, 2))
 
     def one_iteration(counts, table):
         tables = derive_tables(

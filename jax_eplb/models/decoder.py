@@ -94,8 +94,10 @@ def decode(
         x = x + _rows(lambda r: shared_feed_forward(r, layer.feed_forward), x, layer.norm, config)
         return (x, cache, i + 1), None
 
+    rows_of_tables, tables_of = tables.in_one_array()
+
     def sparse_step(carry, layer_and_tables):
-        (x, cache, i), (layer, layer_tables) = carry, layer_and_tables
+        (x, cache, i), (layer, row_of_tables) = carry, layer_and_tables
         x, cache = _attention(layer.attention, x, batch, cache, i, config)
         rows = _rows(lambda r: r, x, layer.norm, config)
         moe_params = layer.moe
@@ -107,7 +109,7 @@ def decode(
             moe_params = moe_params._replace(experts=stack._replace(layer=index))
         output = moe_forward(
             moe_params,
-            layer_tables,
+            tables_of(row_of_tables),
             rows.reshape(-1, config.embed_dim),
             batch.valid.reshape(-1),
             config=moe,
@@ -120,7 +122,7 @@ def decode(
     carry = (x, cache, jnp.int32(0))
     if config.num_dense_layers:
         carry, _ = jax.lax.scan(dense_step, carry, params.dense)
-    (x, cache, _), seen = jax.lax.scan(sparse_step, carry, (params.sparse, tables))
+    (x, cache, _), seen = jax.lax.scan(sparse_step, carry, (params.sparse, rows_of_tables))
     hidden = _rows(lambda r: r, x, params.norm, config)
     return DecoderOutput(hidden, cache, *seen)
 

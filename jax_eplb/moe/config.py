@@ -10,7 +10,7 @@ from jax_eplb.routing import POLICIES, Ranks, RouterConfig
 
 # Rows that a rank sends another, in even shares. Chance moves a large share by less than an eighth,
 # at four standard deviations; what domains move it by, the others nearly always cover.
-_LARGE_SHARE, _BUFFERS_OF_LARGE, _BUFFERS = 1024, (1.125, 1.5, 2.0), (2.0,)
+_LARGE_SHARE, _BUFFERS_OF_LARGE, _BUFFERS = 1024, (1.125, 1.25, 1.5, 2.0), (2.0,)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from jax_eplb.kernels.varying import equally_varying, zeros_varying_like
 from jax_eplb.moe.gathered import Gathered
-from jax_eplb.moe.waves import Waves, exchange_counts
+from jax_eplb.moe.waves import Waves
 from jax_eplb.routing import Ranks, SlotOrder
 
 IMPLEMENTATIONS = ("waves", "all_gather", "ragged")
@@ -120,13 +120,11 @@ def _in_waves(sizes: ExchangeSizes, ranks: Ranks, order: SlotOrder, run, finish,
     `run(transport, wave)` gives rows of the send buffer, and values to add up over waves;
     `finish(rows, place)` is given a table of rows, and each choice's row in it.
     """
-    gathers = sizes.implementation == "all_gather"
-    slot_tokens = None if gathers else exchange_counts(order, ranks)
 
     def transport_of(capacity):
-        if slot_tokens is None:
+        if sizes.implementation == "all_gather":
             return Gathered(order, ranks, capacity)
-        return Waves(order, slot_tokens, ranks, capacity, sizes.implementation == "ragged")
+        return Waves(order, ranks, capacity, sizes.implementation == "ragged")
 
     def once(capacity):
         transport = transport_of(capacity)

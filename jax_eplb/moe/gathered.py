@@ -49,8 +49,9 @@ class Gathered:
         is_padding = self.order.place == num_tokens * choices_per_token
         place = jnp.where(is_padding, size, place.reshape(self.order.place.shape))
 
-        num_slots = len(self.order.slot_tokens)
-        slot = segment_of(self.order.place, jnp.cumsum(self.order.slot_tokens, dtype=jnp.int32))
+        slot_tokens = self.order.slot_tokens.own
+        num_slots = len(slot_tokens)
+        slot = segment_of(self.order.place, jnp.cumsum(slot_tokens, dtype=jnp.int32))
         slot = self._all_gather(
             self._window(jnp.where(is_padding, num_slots, slot), first, fill=num_slots)
         ).reshape(-1)

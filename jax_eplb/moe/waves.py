@@ -38,7 +38,6 @@ class Waves:
     """Padded `all_to_all` everywhere; with `ragged`, `ragged_all_to_all` of the full rows alone."""
 
     order: SlotOrder
-    slot_tokens: Int[Array, "P S"]  # of every rank, in all waves
     ranks: Ranks
     capacity: int  # C
     ragged: bool
@@ -46,19 +45,19 @@ class Waves:
     @property
     def sent(self) -> Int[Array, "P"]:
         """Rows for each rank, in all waves."""
-        return self.order.slot_tokens.reshape(self.ranks.num_ranks, -1).sum(axis=1)
+        return self.order.slot_tokens.own.reshape(self.ranks.num_ranks, -1).sum(axis=1)
 
     @property
     def received(self) -> Int[Array, "P N"]:
         """Rows from each rank for each slot of this one, in all waves."""
         per_rank = self.ranks.slots_per_rank
         first = jax.lax.axis_index(self.ranks.axis_name) * per_rank
-        return jax.lax.dynamic_slice_in_dim(self.slot_tokens, first, per_rank, axis=1)
+        return jax.lax.dynamic_slice_in_dim(self.order.slot_tokens.of_all, first, per_rank, axis=1)
 
     def num_waves(self) -> Int[Array, ""]:
         """Waves until the fullest pair of ranks is done; the same on every rank."""
         num_ranks = self.ranks.num_ranks
-        pairs = self.slot_tokens.reshape(num_ranks, num_ranks, -1).sum(axis=2)
+        pairs = self.order.slot_tokens.of_all.reshape(num_ranks, num_ranks, -1).sum(axis=2)
         return -(-pairs.max() // self.capacity)
 
     def wave(self, index: Int[Array, ""] | int) -> Wave:
@@ -146,23 +145,13 @@ class Waves:
         return Wave(
             order.choice,
             order.place,
-            order.slot_tokens,
+            order.slot_tokens.own,
             nothing,
             nothing,
             nothing,
             nothing,
             nothing,
         )
-
-
-def exchange_counts(order: SlotOrder, ranks: Ranks) -> Int[Array, "P S"]:
-    """Tell every rank how many rows each one sends to each slot.
-
-    More than it must know, but so all know the fullest pair of ranks without asking again.
-    """
-    if ranks.num_ranks == 1:
-        return order.slot_tokens[None]
-    return jax.lax.all_gather(order.slot_tokens, ranks.axis_name)
 
 
 def all_to_all(rows: Num[Array, "B *width"], ranks: Ranks) -> Num[Array, "B *width"]:

@@ -12,6 +12,7 @@ from jax_eplb.routing.losses import sequence_balance_loss as sequence_balance_lo
 from jax_eplb.routing.losses import top_k_counts as top_k_counts
 from jax_eplb.routing.losses import update_selection_bias as update_selection_bias
 from jax_eplb.routing.ranks import Ranks as Ranks
+from jax_eplb.routing.ranks import SlotTokens as SlotTokens
 from jax_eplb.routing.router import RouterConfig as RouterConfig
 from jax_eplb.routing.router import Routes as Routes
 from jax_eplb.routing.router import route as route
@@ -21,5 +22,5 @@ from jax_eplb.routing.slot_order import order_by_slot as order_by_slot
 from jax_eplb.routing.slot_order import order_without_replicas as order_without_replicas
 from jax_eplb.routing.slot_order import segment_of as segment_of
 
-# How many of a rank's choices go to each slot.
+# How many choices go to each slot.
 POLICIES = {"even": even, "local": local, "balanced": balanced}

@@ -9,52 +9,51 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jax_eplb.routing.balanced_kernel import MAX_REPLICATED_SLOTS, kernel_share
+from jax_eplb.routing.balanced_kernel import MAX_REPLICATED_SLOTS, kernel_shares
 from jax_eplb.routing.leveling import describe, whole_quota
 from jax_eplb.routing.own_share import (
     NodeSupply,
     Supply,
     alike_share,
-    before_in_bands,
+    before_each_rank,
     near_share,
 )
-from jax_eplb.routing.ranks import Ranks
+from jax_eplb.routing.ranks import Ranks, SlotTokens
 from jax_eplb.tables import PlacementTables
 
 
-def balanced(
-    expert_tokens: Int[Array, "E"], tables: PlacementTables, ranks: Ranks
-) -> Int[Array, "S"]:
-    """How many of this rank's choices go to each slot; inside `shard_map` over the ranks.
+def balanced(expert_tokens: Int[Array, "E"], tables: PlacementTables, ranks: Ranks) -> SlotTokens:
+    """How many choices go to each slot; inside `shard_map` over the ranks.
 
     The ranks tell each other their counts, P·E integers. From these each one works out the same
-    division and reads off its own part, so that no more needs to be said. Of all divisions of the
-    batch the fullest rank of this one is the lightest, within about a thousandth of the mean or a
-    token. Among the ways to fill it, each slot gets about the same part of every rank's tokens, so
-    that what one rank sends another fits small buffers; or, where `ranks.prefers_near`, tokens stay
-    on their rank, or else on their node, as far as that costs no balance. A slower rank counts as
-    fuller by the tables' `handicap`. The batch, of all ranks, must have fewer than 2^31 choices.
+    division and reads off all ranks' parts, so that no more needs to be said. Of all divisions of
+    the batch the fullest rank of this one is the lightest, within about a thousandth of the mean or
+    a token. Among the ways to fill it, each slot gets about the same part of every rank's tokens,
+    so that what one rank sends another fits small buffers; or, where `ranks.prefers_near`, tokens
+    stay on their rank, or else on their node, as far as that costs no balance. A slower rank counts
+    as fuller by the tables' `handicap`. The batch, of all ranks, must have fewer than 2^31 choices.
 
     The ranks agree because they run the same program on the same numbers, on devices of one kind.
     Were their floats to differ, a rank would send a few tokens elsewhere than the others expect,
     and none would be lost.
     """
-    counts = jax.lax.all_gather(expert_tokens, ranks.axis_name)  # [P, E]
-    rank = jax.lax.axis_index(ranks.axis_name).astype(jnp.int32)
-    return balanced_share(counts, tables, rank, ranks)
+    counts = expert_tokens[None]
+    if ranks.num_ranks > 1:
+        counts = jax.lax.all_gather(expert_tokens, ranks.axis_name)  # [P, E]
+    shares = balanced_shares(counts, tables, ranks)
+    return SlotTokens(shares[jax.lax.axis_index(ranks.axis_name)], shares)
 
 
-def balanced_share(
-    counts: Int[Array, "P E"], tables: PlacementTables, rank: Int[Array, ""], ranks: Ranks
-) -> Int[Array, "S"]:
-    """The same from the counts of all ranks, for a given one.
+def balanced_shares(
+    counts: Int[Array, "P E"], tables: PlacementTables, ranks: Ranks
+) -> Int[Array, "P S"]:
+    """Each rank's choices for each slot, from the counts of all ranks.
 
     >>> from jax_eplb import Placement
     >>> placement = Placement.from_slots([[0, 1, 2, 0]], num_experts=3, num_ranks=2)
     >>> tables = placement.tables(with_leveling=True).of_layer(0)
     >>> counts, ranks = jnp.array([[4, 1, 1], [2, 0, 2]]), Ranks("expert", 2, 2)
-    >>> share = jax.jit(balanced_share, static_argnames="ranks")
-    >>> [share(counts, tables, jnp.int32(rank), ranks=ranks).tolist() for rank in range(2)]
+    >>> jax.jit(balanced_shares, static_argnames="ranks")(counts, tables, ranks=ranks).tolist()
     [[3, 1, 1, 1], [1, 0, 2, 1]]
     """
     if len(tables.leveling) != len(tables.replicated_slots):
@@ -62,22 +61,22 @@ def balanced_share(
             "the tables were derived without what replica choice 'balanced' needs; use "
             "placement.tables(with_leveling=True)"
         )
-    plain = functools.partial(plain_share, ranks=ranks)
+    plain = functools.partial(plain_shares, ranks=ranks)
     if not 0 < tables.replicated_slots.size <= MAX_REPLICATED_SLOTS:
-        return plain(counts, tables, rank)
-    kernel = functools.partial(kernel_share, ranks=ranks)
-    return jax.lax.platform_dependent(counts, tables, rank, cuda=kernel, default=plain)
+        return plain(counts, tables)
+    kernel = functools.partial(kernel_shares, ranks=ranks)
+    return jax.lax.platform_dependent(counts, tables, cuda=kernel, default=plain)
 
 
-def plain_share(
-    counts: Int[Array, "P E"], tables: PlacementTables, rank: Int[Array, ""], ranks: Ranks
-) -> Int[Array, "S"]:
+def plain_shares(
+    counts: Int[Array, "P E"], tables: PlacementTables, ranks: Ranks
+) -> Int[Array, "P S"]:
     """The same in plain JAX: elsewhere than on an NVIDIA GPU, and for very many replicas."""
     slot, slot_to_expert = tables.replicated_slots, tables.slot_to_expert
     # Right for the slots of experts that have no other, and for empty ones.
-    share = counts[rank].at[slot_to_expert].get(mode="fill", fill_value=0)
+    shares = counts.at[:, slot_to_expert].get(mode="fill", fill_value=0)
     if slot.size == 0:
-        return share
+        return shares
 
     used = slot < slot_to_expert.size
     alone = -1 - jnp.arange(slot.size, dtype=jnp.int32)
@@ -87,7 +86,7 @@ def plain_share(
 
     def pick(table, *index):
         """An entry for each slot, 0 for what is none."""
-        return jnp.where(used, table[tuple(jnp.maximum(i, 0) for i in index)], 0)
+        return jnp.where(used, table[..., *(jnp.maximum(i, 0) for i in index)], 0)
 
     tokens = counts.sum(axis=0, dtype=jnp.int32)
     num_replicas = tables.replica_count.at[slot_to_expert].get(mode="fill", fill_value=0)
@@ -98,8 +97,13 @@ def plain_share(
     slot_tokens, slot_fixed = pick(tokens, expert), pick(fixed, rank_of_slot)
     quota = whole_quota(slot_tokens, slot_fixed, mean, tables.leveling, replicas)
 
-    own = pick(counts[rank], expert)
-    if ranks.prefers_near:
+    own = pick(counts, expert)  # [P, J]
+    if not ranks.prefers_near:
+        before = pick(before_each_rank(counts), expert)  # [bands, P, J]
+        read_off = jax.vmap(alike_share, in_axes=(None, 0, 1, None))
+        return _with_replicated(shares, slot, read_off(quota, own, before, replicas))
+
+    def near_of(rank, own):
         before, near_before, on_nodes = _nearness(counts, rank, ranks)
         supply = Supply(own, pick(before, expert), there=pick(counts, rank_of_slot, expert))
         near = None
@@ -108,13 +112,14 @@ def plain_share(
             node = jnp.where(used, rank_of_slot // per_node, alone)
             there = pick(on_nodes, node, expert)
             near = NodeSupply(node, rank // per_node, pick(near_before, expert), there)
-        replicated = near_share(quota, supply, near, rank, replicas)
-    else:
-        is_before = (jnp.arange(len(counts)) < rank)[:, None]
-        bands = before_in_bands(counts, is_before)
-        before = [pick(band.sum(axis=0, dtype=jnp.int32), expert) for band in bands]
-        replicated = alike_share(quota, own, before, replicas)
-    return share.at[slot].set(replicated, mode="drop", unique_indices=True)
+        return near_share(quota, supply, near, rank, replicas)
+
+    each = jnp.arange(len(counts), dtype=jnp.int32)
+    return _with_replicated(shares, slot, jax.vmap(near_of)(each, own))
+
+
+def _with_replicated(shares, slot: Int[Array, "J"], replicated: Int[Array, "P J"]):
+    return shares.at[:, slot].set(replicated, mode="drop", unique_indices=True)
 
 
 def _nearness(

@@ -1,9 +1,10 @@
-"""`balanced` in one GPU kernel: from the counts of all ranks to a rank's own share.
+"""`balanced` in one GPU kernel: from the counts of all ranks to each rank's share.
 
 Axes: P ranks, E experts, S slots, N slots per rank, J slots of experts that have several.
 
-One block does it all, as the steps of the division depend on each other and launching a kernel
-takes as long as a dozen of them. The matrix of the division stays in registers.
+One block does it all for a rank, as the steps of the division depend on each other and launching a
+kernel takes as long as a dozen of them. The matrix of the division stays in registers. Every block
+works out the whole division: the device has room for as many, and they take no longer than one.
 """
 
 import functools
@@ -34,21 +35,20 @@ MAX_REPLICATED_SLOTS = 128
 _ROWS = 12  # of counts, loaded at a time
 
 
-def kernel_share(
+def kernel_shares(
     counts: Int[Array, "P E"],
     tables: PlacementTables,
-    rank: Int[Array, ""],
     ranks: Ranks,
     *,
     num_warps: int | None = None,
     interpret: bool = False,
-) -> Int[Array, "S"]:
-    """As `plain_share`, for J up to `MAX_REPLICATED_SLOTS` but not 0."""
-    num_experts, num_slots = counts.shape[1], tables.slot_to_expert.size
+) -> Int[Array, "P S"]:
+    """As `plain_shares`, for J up to `MAX_REPLICATED_SLOTS` but not 0."""
+    num_ranks, num_experts = counts.shape
+    num_slots = tables.slot_to_expert.size
     if num_warps is None:
         num_warps = 4 if tables.replicated_slots.size <= 32 else 8  # as measured on an H200
     inputs = (
-        rank.reshape(1),
         counts,
         tables.slot_to_expert,
         tables.replica_count,
@@ -58,28 +58,28 @@ def kernel_share(
     )
     inputs = equally_varying(inputs)
     varying = {"manual_axis_type": jax.typeof(inputs[0]).manual_axis_type}
-    share, _ = pl.pallas_call(
+    shares, _ = pl.pallas_call(
         functools.partial(_kernel, ranks=ranks, interpret=interpret),
         out_shape=(
-            jax.ShapeDtypeStruct((num_slots,), jnp.int32, **varying),
-            jax.ShapeDtypeStruct((_num_sums(ranks), num_experts), jnp.int32, **varying),
+            jax.ShapeDtypeStruct((num_ranks, num_slots), jnp.int32, **varying),
+            jax.ShapeDtypeStruct((num_ranks, _num_sums(ranks), num_experts), jnp.int32, **varying),
         ),
+        grid=(num_ranks,),
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=interpret,
         name="balanced_replica_choice",
     )(*inputs)
-    return share
+    return shares
 
 
 def _kernel(
-    rank_ref,
     counts_ref,
     expert_ref,
     replicas_ref,
     slots_ref,
     leveling_ref,
     handicap_ref,
-    share_ref,
+    shares_ref,
     sums_ref,
     *,
     ranks: Ranks,
@@ -88,7 +88,7 @@ def _kernel(
     num_ranks, num_experts = counts_ref.shape
     num_slots, num_places = expert_ref.shape[0], slots_ref.shape[0]
     per_rank, per_node = ranks.slots_per_rank, ranks.ranks_per_node
-    rank = rank_ref[0]
+    rank = pl.program_id(0)
 
     # What the placement says comes first: it can arrive while the counts are added up.
     slot = slots_ref[...]
@@ -112,18 +112,18 @@ def _kernel(
     sums = _add_up(counts_ref, rank, ranks)
     each = lax.iota(jnp.int32, power_of_two(num_experts))
     for row, values in enumerate(sums):
-        plgpu.store(sums_ref.at[row, each], values, mask=each < num_experts)
+        plgpu.store(sums_ref.at[rank, row, each], values, mask=each < num_experts)
     if not interpret:
         plgpu.debug_barrier()  # other threads read what was stored
 
-    tokens, *before = (_load_row(sums_ref, row, expert, used) for row in range(len(sums)))
-    fixed = _load_row(sums_ref, 0, expert_beside, is_single).sum(axis=1, dtype=jnp.int32)
+    tokens, *before = (_load(sums_ref, expert, used, rank, row) for row in range(len(sums)))
+    fixed = _load(sums_ref, expert_beside, is_single, rank, 0).sum(axis=1, dtype=jnp.int32)
     mean = sums[0].sum(dtype=jnp.int32).astype(jnp.float32) / num_ranks
     fixed = fixed + (handicap * mean).astype(jnp.int32)
     replicas = _laid_out_like(leveling, describe(expert, rank_of_slot))
     quota = whole_quota(tokens, fixed, mean, leveling, replicas)
 
-    own = _load_row(counts_ref, rank, expert, used)
+    own = _load(counts_ref, expert, used, rank)
     if there is None:
         share = alike_share(quota, own, before, replicas)
     else:
@@ -135,15 +135,15 @@ def _kernel(
                 on_node = on_node + _load_two(counts_ref, node * per_node + i, expert, used)
             near = NodeSupply(node, lax.div(rank, jnp.int32(per_node)), before[1], on_node)
         share = near_share(quota, Supply(own, before[0], there), near, rank, replicas)
-    plgpu.store(share_ref.at[slot], share, mask=used)
+    plgpu.store(shares_ref.at[rank, slot], share, mask=used)
 
     every = lax.iota(jnp.int32, power_of_two(num_slots))
     exists = every < num_slots
     its_expert = _load(expert_ref, every, exists)
     is_filled = exists & (its_expert < num_experts)
     alone = exists & (_load(replicas_ref, its_expert, is_filled) <= 1)  # or empty
-    tokens = _load_row(counts_ref, rank, its_expert, is_filled)
-    plgpu.store(share_ref.at[every], tokens, mask=alone)
+    tokens = _load(counts_ref, its_expert, is_filled, rank)
+    plgpu.store(shares_ref.at[rank, every], tokens, mask=alone)
 
 
 def _laid_out_like(loaded, replicas: Replicas) -> Replicas:
@@ -189,7 +189,7 @@ def _add_up(counts_ref, rank, ranks: Ranks):
         start = chunk * _ROWS
         # All loads of a chunk are on their way at once.
         rows = [
-            _load_row(counts_ref, start + i, each, (each < num_experts) & (start + i < num_ranks))
+            _load(counts_ref, each, (each < num_experts) & (start + i < num_ranks), start + i)
             for i in range(_ROWS)
         ]
         for i, values in enumerate(rows):
@@ -200,12 +200,9 @@ def _add_up(counts_ref, rank, ranks: Ranks):
     return lax.fori_loop(0, pl.cdiv(num_ranks, _ROWS), add, zeros)
 
 
-def _load(ref, index, mask):
-    return plgpu.load(ref.at[jnp.where(mask, index, 0)], mask=mask, other=0)
-
-
-def _load_row(ref, row, index, mask):
-    return plgpu.load(ref.at[row, jnp.where(mask, index, 0)], mask=mask, other=0)
+def _load(ref, index, mask, *row):
+    """Entries of a row, or of what has one alone; 0 where the mask is False."""
+    return plgpu.load(ref.at[*row, jnp.where(mask, index, 0)], mask=mask, other=0)
 
 
 def _load_two(ref, row, index, mask):

@@ -8,23 +8,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jax_eplb.routing.even import deal
-from jax_eplb.routing.ranks import Ranks
+from jax_eplb.routing.ranks import Ranks, SlotTokens
 from jax_eplb.tables import PlacementTables
 
 
-def local(expert_tokens: Int[Array, "E"], tables: PlacementTables, ranks: Ranks) -> Int[Array, "S"]:
-    """How many of this rank's choices go to each slot; inside `shard_map` over the ranks.
+def local(expert_tokens: Int[Array, "E"], tables: PlacementTables, ranks: Ranks) -> SlotTokens:
+    """How many choices go to each slot; inside `shard_map` over the ranks.
 
     All of an expert's choices go to its replica on this rank, else to those on this node, else to
     all of them; in turn, as `even` deals them, where that leaves several.
     """
-    return local_share(expert_tokens, tables, jax.lax.axis_index(ranks.axis_name), ranks)
+    rank = jax.lax.axis_index(ranks.axis_name)
+    return ranks.tell_all(local_share(expert_tokens, tables, rank, ranks))
 
 
 def local_share(
     expert_tokens: Int[Array, "E"], tables: PlacementTables, rank: Int[Array, ""], ranks: Ranks
 ) -> Int[Array, "S"]:
-    """The same for a given rank.
+    """How many of a given rank's choices go to each slot.
 
     >>> from jax_eplb import Placement
     >>> placement = Placement.from_slots([[0, 1, 2, 0]], num_experts=3, num_ranks=2)
@@ -40,4 +41,13 @@ def local_share(
         nearness = nearness + same_node.astype(jnp.int32)
     nearest = jnp.zeros(num_experts, jnp.int32).at[tables.slot_to_expert].max(nearness)
     eligible = nearness == nearest[tables.slot_to_expert]
-    return deal(expert_tokens, tables, eligible, rank)
+    # By expert: which of the eligible slots of the same expert each is.
+    ordered = eligible[tables.slots_by_expert].astype(jnp.int32)
+    before = jnp.cumsum(ordered, dtype=jnp.int32) - ordered
+    first = jnp.cumsum(tables.replica_count, dtype=jnp.int32) - tables.replica_count
+    expert = tables.slot_to_expert[tables.slots_by_expert]
+    turn = before - before[first.at[expert].get(mode="clip")]
+    turn = jnp.zeros_like(turn).at[tables.slots_by_expert].set(turn, unique_indices=True)
+    count = jnp.zeros(num_experts, jnp.int32)
+    count = count.at[tables.slot_to_expert].add(eligible.astype(jnp.int32), mode="drop")
+    return jnp.where(eligible, deal(expert_tokens, tables, count, turn, rank), 0)

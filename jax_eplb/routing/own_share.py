@@ -41,10 +41,22 @@ def before_in_bands(
     return [jnp.where(is_before, end, start) for start, end in itertools.pairwise(starts)]
 
 
+def before_each_rank(counts: Int[Array, "P E"]) -> Int[Array, "bands P E"]:
+    """The same for every rank at once, on all ranks.
+
+    >>> before_each_rank(jnp.array([[8], [16]]))[:2, :, 0].tolist()
+    [[0, 1], [3, 4]]
+    """
+    starts = jnp.stack([band_start(counts, band) for band in range(BANDS + 1)])
+    earlier = jnp.cumsum(starts, axis=1, dtype=jnp.int32) - starts  # on the ranks before
+    return earlier[1:] + starts.sum(axis=1, keepdims=True, dtype=jnp.int32)[:-1] - earlier[:-1]
+
+
 def alike_share(
     quota: Int[Array, "J"],
     own: Int[Array, "J"],  # tokens of each slot's expert, on the rank whose share is asked for
-    before: Sequence[Int[Array, "J"]],  # for each band, on all ranks, what comes before it
+    before: Sequence[Int[Array, "J"]]
+    | Int[Array, "bands J"],  # for each band, on all ranks, what comes before it
     replicas: Replicas,
 ) -> Int[Array, "J"]:
     """How many of a rank's tokens go to each slot, so that all ranks together fill the quotas.

@@ -1,6 +1,12 @@
-"""The ranks that a layer's experts are spread over, as replica choice and exchange see them."""
+"""The ranks that a layer's experts are spread over, as replica choice and exchange see them.
+
+Axes: P ranks, S slots.
+"""
 
 from typing import NamedTuple
+
+import jax
+from jaxtyping import Array, Int
 
 
 class Ranks(NamedTuple):
@@ -13,3 +19,17 @@ class Ranks(NamedTuple):
     # Whether a row that stays on its rank or node costs less than one that travels. Not where
     # buffers travel whole: then what one rank sends another should rather be alike for all pairs.
     prefers_near: bool = False
+
+    def tell_all(self, slot_tokens: Int[Array, "S"]) -> "SlotTokens":
+        """With what the other ranks send; inside `shard_map` over the ranks."""
+        if self.num_ranks == 1:
+            return SlotTokens(slot_tokens, slot_tokens[None])
+        return SlotTokens(slot_tokens, jax.lax.all_gather(slot_tokens, self.axis_name))
+
+
+class SlotTokens(NamedTuple):
+    """How many choices go to each slot."""
+
+    own: Int[Array, "S"]  # of this rank
+    # Of every rank: more than one must know, but so all know the fullest pair without asking again.
+    of_all: Int[Array, "P S"]

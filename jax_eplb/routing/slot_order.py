@@ -6,10 +6,13 @@ pair, numbered t·K + k; TK = T·K.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jax_eplb.kernels import TopKSorted
+from jax_eplb.routing.ranks import SlotTokens
+from jax_eplb.routing.slot_order_kernel import MAX_SLOTS, order_by_kernel
 from jax_eplb.tables import PlacementTables
 
 
@@ -18,44 +21,49 @@ class SlotOrder(NamedTuple):
 
     choice: Int[Array, "TK"]  # the choice at each place of the order; T·K for padding
     place: Int[Array, "T K"]  # each choice's place in the order; T·K for padding
-    slot_tokens: Int[Array, "S"]  # choices of each slot
+    slot_tokens: SlotTokens  # choices of each slot
 
 
-def order_without_replicas(found: TopKSorted) -> SlotOrder:
+def order_without_replicas(found: TopKSorted, slot_tokens: SlotTokens) -> SlotOrder:
     """The order by slot where every expert has one, so that nothing is to be chosen.
 
     The slot of each expert is the `rank_of_expert` by which the choices were sorted.
     """
-    return SlotOrder(found.choice, found.place, found.run_sizes)
+    return SlotOrder(found.choice, found.place, slot_tokens)
 
 
-def order_by_slot(
-    found: TopKSorted, slot_tokens: Int[Array, "S"], tables: PlacementTables
-) -> SlotOrder:
+def order_by_slot(found: TopKSorted, slot_tokens: SlotTokens, tables: PlacementTables) -> SlotOrder:
     """Cut each expert's run of choices into runs of so many for each of its slots.
 
     Each expert's `slot_tokens` add up to its `expert_tokens`. The order of slots is that of ranks,
     so that what goes to one rank is one run, sorted by slot.
     """
-    num_choices = found.choice.size
-    if num_choices == 0:
+    if found.choice.size == 0:
         return SlotOrder(found.choice, found.place, slot_tokens)
-    by_expert = slot_tokens[tables.slots_by_expert]  # [S]
-    expert_start, expert_end = _starts_and_ends(by_expert)
-    slot_start, slot_end = _starts_and_ends(slot_tokens)
-    # Where each slot's run begins in the order by expert.
-    run_start = jnp.zeros_like(slot_start).at[tables.slots_by_expert].set(expert_start)
-
-    row = jnp.arange(num_choices, dtype=jnp.int32)
-    slot = segment_of(row, slot_end)
-    choice = found.choice[jnp.minimum(run_start[slot] + row - slot_start[slot], num_choices - 1)]
-    total = slot_end[-1:]
-    choice = jnp.where(row < total, choice, num_choices)
-
-    run = segment_of(found.place, expert_end)
-    place = slot_start[tables.slots_by_expert[run]] + found.place - expert_start[run]
-    place = jnp.where(found.place < total[None], place, num_choices)
+    arrays = found.place, slot_tokens.own, tables.slots_by_expert
+    if slot_tokens.own.size > MAX_SLOTS:
+        choice, place = order_by_xla(*arrays)
+    else:
+        choice, place = jax.lax.platform_dependent(
+            *arrays, cuda=order_by_kernel, default=order_by_xla
+        )
     return SlotOrder(choice, place, slot_tokens)
+
+
+def order_by_xla(
+    place: Int[Array, "T K"], slot_tokens: Int[Array, "S"], slots_by_expert: Int[Array, "S"]
+) -> tuple[Int[Array, "TK"], Int[Array, "T K"]]:
+    """`choice` and `place` of a `SlotOrder` from the places in the order by expert."""
+    expert_start, expert_end = _starts_and_ends(slot_tokens[slots_by_expert])
+    slot_start, slot_end = _starts_and_ends(slot_tokens)
+    run = segment_of(place, expert_end)
+    total = slot_end[-1:]
+    moved = slot_start[slots_by_expert[run]] + place - expert_start[run]
+    moved = jnp.where(place < total[None], moved, place.size)
+    number = jnp.arange(place.size, dtype=jnp.int32)
+    nobody = jnp.full_like(number, place.size)
+    choice = nobody.at[moved.reshape(-1)].set(number, mode="drop", unique_indices=True)
+    return choice, moved
 
 
 def segment_of(index: Int[Array, "..."], ends: Int[Array, "M"]) -> Int[Array, "..."]:
