@@ -10,6 +10,7 @@ brings them into the order of its slots by arithmetic, without a sort.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -17,17 +18,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Num
 
 from jax_eplb.kernels import take_rows
-from jax_eplb.routing import Ranks, SlotOrder, segment_of
+from jax_eplb.moe.wave_order import wave_order_by_xla
+from jax_eplb.moe.wave_order_kernel import MAX_SLOTS, wave_order_by_kernel
+from jax_eplb.routing import Ranks, SlotOrder
 
 
 class Wave(NamedTuple):
-    """One round there and back: which rows go, and in which order they are computed."""
+    """One round there and back: a `WaveOrder`, and what rows packed tightly need."""
 
-    choice: Int[Array, "B"]  # sent in each row of the send buffer; T·K where it is empty
-    place: Int[Array, "T K"]  # each choice's row of the send buffer; B where it does not go now
+    choice: Int[Array, "B"]
+    place: Int[Array, "T K"]
     group_sizes: Int[Array, "N"]
-    arrival: Int[Array, "M"]  # the row of the receive buffer at each place of the order by slot
-    departure: Int[Array, "M"]  # the inverse of `arrival`, for rows that hold something
+    arrival: Int[Array, "M"]
+    departure: Int[Array, "M"]
     sent: Int[Array, "P"]
     sent_start: Int[Array, "P"]  # in the send buffer
     received: Int[Array, "P"]
@@ -67,32 +70,19 @@ class Waves:
         if num_ranks == 1 and capacity >= num_choices:
             return self._all_here()
         first = jnp.asarray(index, jnp.int32) * capacity
-        run_end = jnp.cumsum(self.sent, dtype=jnp.int32)
-        run_start = run_end - self.sent
+        slot_tokens, rank = self.order.slot_tokens, jax.lax.axis_index(self.ranks.axis_name)
+        arrays = (self.order.choice, self.order.place, *slot_tokens, rank, first)
+        is_packed = self.ragged or num_ranks == 1
+        by_xla = functools.partial(wave_order_by_xla, capacity=capacity, is_packed=is_packed)
+        on_gpu = functools.partial(wave_order_by_kernel, capacity=capacity)
+        if is_packed or len(slot_tokens.own) > MAX_SLOTS:
+            on_gpu = by_xla
+        order = jax.lax.platform_dependent(*arrays, cuda=on_gpu, default=by_xla)
+        # Read where rows are packed alone.
         sent = jnp.clip(self.sent - first, 0, capacity)
-        if self.ragged or num_ranks == 1:  # packed tightly
-            size = min(num_choices, num_ranks * capacity)
-            sent_end = jnp.cumsum(sent, dtype=jnp.int32)
-            sent_start = sent_end - sent
-        else:  # each rank's rows at their own place
-            size = num_ranks * capacity
-            sent_start = jnp.arange(num_ranks, dtype=jnp.int32) * capacity
-            sent_end = sent_start + capacity
-
-        row = jnp.arange(size, dtype=jnp.int32)
-        peer = segment_of(row, sent_end)
-        turn = row - sent_start[peer]
-        source = jnp.minimum(run_start[peer] + first + turn, num_choices - 1)
-        choice = jnp.where(turn < sent[peer], self.order.choice[source], num_choices)
-
-        peer = segment_of(self.order.place, run_end)
-        turn = self.order.place - run_start[peer] - first
-        goes = (turn >= 0) & (turn < sent[peer])
-        place = jnp.where(goes, sent_start[peer] + turn, size)
-
-        arrivals = _order_of_arrivals(self.received, first, capacity)
+        sent_start = jnp.cumsum(sent, dtype=jnp.int32) - sent
         received = jnp.clip(self.received.sum(axis=1) - first, 0, capacity)
-        return Wave(choice, place, *arrivals, sent, sent_start, received)
+        return Wave(**order._asdict(), sent=sent, sent_start=sent_start, received=received)
 
     def send_tokens(self, wave: Wave, rows: Num[Array, "T *width"]) -> Num[Array, "M *width"]:
         """Each choice's row to the rank that holds its slot, in the order of the slots there."""
@@ -159,26 +149,3 @@ def all_to_all(rows: Num[Array, "B *width"], ranks: Ranks) -> Num[Array, "B *wid
     if ranks.num_ranks == 1:
         return rows
     return jax.lax.all_to_all(rows, ranks.axis_name, split_axis=0, concat_axis=0, tiled=True)
-
-
-def _order_of_arrivals(received: Int[Array, "P N"], first: Int[Array, ""], capacity: int):
-    """`group_sizes`, `arrival` and `departure`: received rows come by rank, then by slot."""
-    num_ranks, slots_per_rank = received.shape
-    end = jnp.cumsum(received, axis=1, dtype=jnp.int32)
-    # Each run of rows for one slot, as far as it lies in this wave.
-    run_start = jnp.clip(end - received - first, 0, capacity)  # [P, N], in the rank's buffer
-    run_end = jnp.clip(end - first, 0, capacity)
-    by_slot = (run_end - run_start).T  # [N, P]: the order in which rows are computed
-    placed_end = jnp.cumsum(by_slot.reshape(-1), dtype=jnp.int32)
-    placed_start = (placed_end - by_slot.reshape(-1)).reshape(slots_per_rank, num_ranks)
-
-    row = jnp.arange(num_ranks * capacity, dtype=jnp.int32)
-    run = segment_of(row, placed_end)
-    slot, rank = run // num_ranks, run % num_ranks
-    arrival = rank * capacity + run_start[rank, slot] + row - placed_start[slot, rank]
-
-    rank, turn = row // capacity, row % capacity
-    slot = jax.vmap(segment_of)(turn.reshape(num_ranks, capacity), run_end).reshape(-1)
-    departure = placed_start[slot, rank] + turn - run_start[rank, slot]
-    last = row.size - 1
-    return by_slot.sum(axis=1), jnp.clip(arrival, 0, last), jnp.clip(departure, 0, last)
