@@ -180,7 +180,8 @@ def test_the_kernel_and_plain_jax_agree_to_the_token(shape):
 
 @functools.cache
 def interpreted(ranks: Ranks):
-    return jax.jit(functools.partial(kernel_shares, ranks=ranks, interpret=True))
+    on_cpu = jax.default_backend() == "cpu"
+    return jax.jit(functools.partial(kernel_shares, ranks=ranks, interpret=on_cpu))
 
 
 def in_shard_map(batch: Batch):

@@ -283,7 +283,7 @@ def test_counts_that_are_none_stop_the_engine_and_it_can_serve_again(wrong):
         tokens, expert_tokens, rank_tokens = launch(plan)
         if next(turn) == 7:
             expert_tokens = np.array(expert_tokens, np.float32)
-            expert_tokens[1, 0, 5] = wrong
+            expert_tokens[0, 0, 5] = wrong
         return tokens, expert_tokens, rank_tokens
 
     made._launch = failing

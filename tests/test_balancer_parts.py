@@ -9,7 +9,7 @@ from hypothesis import given
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_eplb import expert_mesh
+from jax_eplb import expert_mesh, metrics
 from jax_eplb.moving import Moves, find_banks
 from jax_eplb.online.effect import Effects
 from jax_eplb.online.measure import bytes_of_slot, measure_bytes_per_second
@@ -61,6 +61,11 @@ def test_the_speed_of_moving_is_measured_and_nothing_moves():
         np.testing.assert_array_equal(array, before[name])
 
 
+def measure(effects: Effects, iteration: int, rank_tokens, capacity=None):
+    imbalance = metrics.imbalance(rank_tokens, capacity)
+    return effects.measure(iteration, imbalance, rank_tokens.sum(axis=1))
+
+
 def test_an_update_is_told_with_the_means_before_and_after():
     effects = Effects(2)
     even, skewed = np.array([[5, 5], [5, 5]]), np.array([[10, 0], [6, 4]])
@@ -68,7 +73,7 @@ def test_an_update_is_told_with_the_means_before_and_after():
     for iteration in range(30):
         if iteration == 9:
             effects.expect(0, dataclasses.replace(UPDATE, step=12))
-        told += effects.measure(iteration, skewed if iteration < 12 else even)
+        told += measure(effects, iteration, skewed if iteration < 12 else even)
     assert [(u.step, u.imbalance_before, u.imbalance_after) for u in told] == [(12, 1.0, 0.0)]
     assert list(effects.close()) == []
 
@@ -77,7 +82,7 @@ def test_an_updates_effect_is_one_on_the_ranks_times():
     effects = Effects(1)
     effects.expect(0, dataclasses.replace(UPDATE, step=1))
     for tokens in ([10, 10], [15, 5]):
-        assert list(effects.measure(0, np.array([tokens]), np.array([3.0, 1.0]))) == []
+        assert list(measure(effects, 0, np.array([tokens]), np.array([3.0, 1.0]))) == []
         effects.hasten([0], 0)
     (update,) = effects.close()
     assert (update.imbalance_before, update.imbalance_after) == (1.0, 0.0)
@@ -90,12 +95,12 @@ def test_an_update_that_is_followed_by_another_or_the_end_is_told_with_what_ther
         effects.expect(0, dataclasses.replace(UPDATE, step=step))
     told = []
     for iteration in range(6):
-        told += effects.measure(iteration, skewed if iteration < 4 else empty)
+        told += measure(effects, iteration, skewed if iteration < 4 else empty)
     assert [(u.step, u.imbalance_before, u.imbalance_after) for u in told] == [(0, None, 1.0)]
     told = list(effects.close())
     assert [(u.step, u.imbalance_before, u.imbalance_after) for u in told] == [(2, 1.0, 1.0)]
     effects.forget()
-    assert list(effects.measure(6, skewed)) == []
+    assert list(measure(effects, 6, skewed)) == []
 
 
 def test_updates_that_are_overtaken_come_into_force_before():
@@ -106,6 +111,6 @@ def test_updates_that_are_overtaken_come_into_force_before():
     effects.hasten([1], 4)
     skewed = np.array([[10, 0]] * 4)
     for iteration in range(9):
-        assert list(effects.measure(iteration, skewed)) == []
+        assert list(measure(effects, iteration, skewed)) == []
     told = {update.layer: update.step for update in effects.close()}
     assert told == {0: 4, 1: 4, 2: 4, 3: 7}

@@ -41,9 +41,10 @@ def drawn(shape, seed):
 
 @functools.cache
 def both(capacity):
+    on_cpu = jax.default_backend() == "cpu"
     return (
         jax.jit(functools.partial(wave_order_by_xla, capacity=capacity)),
-        jax.jit(functools.partial(wave_order_by_kernel, capacity=capacity, interpret=True)),
+        jax.jit(functools.partial(wave_order_by_kernel, capacity=capacity, interpret=on_cpu)),
     )
 
 

@@ -1,6 +1,6 @@
 """What updates did to the imbalance that was measured, before and after.
 
-Axes: L layers, P ranks.
+Axes: L layers.
 """
 
 import collections
@@ -9,7 +9,6 @@ from collections.abc import Collection, Iterator
 
 import numpy as np
 
-from jax_eplb import metrics
 from jax_eplb.online.events import LayerUpdate
 
 # Iterations that a mean before or after an update is taken over, where there are as many.
@@ -45,18 +44,18 @@ class Effects:
         self._coming.clear()
 
     def measure(
-        self, iteration: int, rank_tokens: np.ndarray, capacity: np.ndarray | None = None
+        self, iteration: int, imbalance: np.ndarray, tokens: np.ndarray
     ) -> Iterator[LayerUpdate]:
-        """One iteration's tokens of the ranks, [L, P]; yields the updates that are complete."""
+        """One iteration's imbalance and tokens, [L] each; yields the updates that are complete."""
         for position, update in [c for c in self._coming if c[1].step <= iteration]:
             yield from self._close(position)
             before = self._mean(position)
             self._recent[position].clear()
             self._open[position] = dataclasses.replace(update, imbalance_before=before)
         self._coming = [c for c in self._coming if c[1].step > iteration]
-        imbalance = metrics.imbalance(rank_tokens, capacity).tolist()
-        tokens = rank_tokens.sum(axis=1).tolist()
-        for recent, value, some in zip(self._recent, imbalance, tokens, strict=True):
+        for recent, value, some in zip(
+            self._recent, imbalance.tolist(), tokens.tolist(), strict=True
+        ):
             if some:
                 recent.append(value)
         for position in [p for p in self._open if len(self._recent[p]) == _WINDOW]:

@@ -114,4 +114,7 @@ class Flights:
 
 def _laid_out(host: PlacementTables, tables: PlacementTables) -> PlacementTables:
     """Tables in numpy, laid out as others are."""
-    return jax.tree.map(lambda table, like: lay_out(table, like.sharding), host, tables)
+    shardings = jax.tree.map(lambda table: table.sharding, tables)
+    if all(sharding.is_fully_addressable for sharding in shardings):
+        return jax.device_put(host, shardings)  # all at once
+    return jax.tree.map(lay_out, host, shardings)

@@ -40,6 +40,7 @@ class BalancerState(NamedTuple):
     calm: np.ndarray  # float32[L]: `recent_imbalance` at the last of them
     usual: float  # imbalance, mean over the layers, fading; infinite where none was seen
     jumps: int  # iterations in a row in which it was far above that
+    imbalance: np.ndarray  # float64[L], of the ranks' times in the last iteration
     balancedness: float  # sum over the iterations since the last look
     since_look: int
 
@@ -65,6 +66,7 @@ def initial_state(placement: Placement, config: BalancerConfig) -> BalancerState
         calm=np.zeros(num_layers, np.float32),
         usual=math.inf,
         jumps=0,
+        imbalance=np.zeros(num_layers),
         balancedness=0.0,
         since_look=0,
     )
@@ -116,8 +118,8 @@ def observe(
             f"{rank_tokens.shape} (by rank); expected {state.load.shape} and "
             f"[{len(state.load)} layers, ranks]: the counts are of another model"
         )
-    wrong = ~(np.isfinite(counts) & (counts >= 0))
-    if wrong.any():
+    if not (counts.min() >= 0 and counts.max() < math.inf):  # false for NaN, too
+        wrong = ~(np.isfinite(counts) & (counts >= 0))
         layer, expert = (int(i) for i in np.argwhere(wrong)[0])
         raise ValueError(
             f"iteration {state.iteration}, layer {layer_ids[layer]}, expert {expert}: a count of "
@@ -125,8 +127,13 @@ def observe(
         )
     counts = counts.astype(np.float32)
     decay = np.float32(config.decay)
-    imbalance = metrics.imbalance(rank_tokens, state.capacity)
-    excess = imbalance * rank_tokens[:, state.capacity > 0].sum(axis=1) / total_speed(state)
+    if (state.capacity == 1).all():
+        imbalance = metrics.imbalance(rank_tokens)
+        computed = rank_tokens.sum(axis=1)
+    else:
+        imbalance = metrics.imbalance(rank_tokens, state.capacity)
+        computed = rank_tokens[:, state.capacity > 0].sum(axis=1)
+    excess = imbalance * computed / total_speed(state)
     # Iterations without a token say nothing of balance.
     seen = bool(counts.any())
     window, usual, jumps = state.window, state.usual, state.jumps
@@ -140,7 +147,7 @@ def observe(
         if seen:
             fading = config.decay * usual + (1 - config.decay) * now
             usual = now if math.isinf(usual) else fading
-    even = metrics.balancedness_mean_of_ratios(rank_tokens, state.capacity)
+    even = float((1 / (1 + imbalance)).mean())  # mean / max, of the same times
     return state._replace(
         iteration=state.iteration + 1,
         load=decay * state.load + counts,
@@ -149,7 +156,8 @@ def observe(
         usual=usual,
         jumps=jumps,
         excess=decay * state.excess + excess.astype(np.float32),
-        balancedness=state.balancedness + (float(even) if seen else 0.0),
+        imbalance=imbalance,
+        balancedness=state.balancedness + (even if seen else 0.0),
         since_look=state.since_look + seen,
     )
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jax_eplb import metrics
 from jax_eplb.moving import Moves, find_moves
 from jax_eplb.online.capacity import checked_capacity, lost_after
 from jax_eplb.online.config import BalancerConfig
@@ -95,7 +94,9 @@ class Worker:
             by_rank = _read(rank_tokens).T
             counts = _read(expert_tokens).sum(axis=0)
             self.state = observe(self.state, counts, by_rank, self.config, self.served.layer_ids)
-            self._hear(iteration, by_rank)
+            self._hear(iteration, by_rank.sum(axis=1))
+            if not looks_after(self.state.iteration, self.config):
+                return Outcome()
             stage = "planning"
             with self._on_cpu():
                 return Outcome(self._decide(iteration))
@@ -152,11 +153,11 @@ class Worker:
             )
         return jax.tree.map(np.asarray, derived)
 
-    def _hear(self, iteration: int, by_rank: np.ndarray) -> None:
-        capacity = self.state.capacity
-        imbalance = tuple(metrics.imbalance(by_rank, capacity).tolist())
-        self._tell(StepSeen(iteration, imbalance, self.served.layer_ids, int(by_rank.sum())))
-        for update in self._effects.measure(iteration, by_rank, capacity):
+    def _hear(self, iteration: int, tokens: np.ndarray) -> None:
+        imbalance = self.state.imbalance
+        told = tuple(imbalance.tolist())
+        self._tell(StepSeen(iteration, told, self.served.layer_ids, int(tokens.sum())))
+        for update in self._effects.measure(iteration, imbalance, tokens):
             self._tell_of(update)
 
     def _decide(self, iteration: int) -> Update | None:

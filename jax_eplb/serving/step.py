@@ -59,8 +59,8 @@ def run_step(
 ):
     """One iteration on all ranks: the new state, the next tokens [P·B], and both counts.
 
-    The counts are int32[P, L, E] by routing rank and int32[P, L]. Over several processes each gets
-    all tokens and counts, those by expert added up, [1, L, E].
+    The counts are int32[1, L, E], of all ranks, and int32[P, L], the same on every device, so that
+    the host reads them from one. Over several processes each gets all tokens, too.
     """
     rank: Any = P(AXIS)
     cache: Any = P(None, AXIS)
@@ -76,16 +76,13 @@ def run_step(
             rank,
             P(),
         ),
-        out_specs=(state_specs, rank, rank, rank),
+        out_specs=(state_specs, rank, P(), P()),
     )
-    state, next_tokens, expert_tokens, rank_tokens = run(
-        params, tables, state, prompts, rows, temperature
-    )
-    if one_process(statics.mesh):
-        return state, next_tokens, expert_tokens, rank_tokens
-    seen = (next_tokens, expert_tokens.sum(axis=0, keepdims=True), rank_tokens)
-    everywhere = NamedSharding(statics.mesh, P())
-    return state, *jax.lax.with_sharding_constraint(seen, everywhere)
+    state, next_tokens, *counts = run(params, tables, state, prompts, rows, temperature)
+    if not one_process(statics.mesh):
+        everywhere = NamedSharding(statics.mesh, P())
+        next_tokens = jax.lax.with_sharding_constraint(next_tokens, everywhere)
+    return state, next_tokens, *counts
 
 
 def _local_step(statics, params, tables, state, prompts, rows, temperature):
@@ -115,7 +112,10 @@ def _local_step(statics, params, tables, state, prompts, rows, temperature):
     seats = jnp.where(rows.lengths > 0, rows.seats, state.last_tokens.shape[0])
     last_tokens = state.last_tokens.at[seats].set(next_tokens, mode="drop")
     state = state._replace(cache=output.cache, last_tokens=last_tokens)
-    return state, next_tokens, output.expert_tokens[None], output.rank_tokens[None]
+    own = jnp.zeros((statics.moe.num_ranks, output.rank_tokens.size), jnp.int32)
+    own = own.at[jax.lax.axis_index(AXIS)].set(output.rank_tokens)
+    expert_tokens, rank_tokens = jax.lax.psum((output.expert_tokens, own), AXIS)
+    return state, next_tokens, expert_tokens[None], rank_tokens
 
 
 def _sample(logits, rows: Rows, temperature) -> Int[Array, "B"]:
