@@ -27,9 +27,9 @@ from jax_eplb.kernels.top_k_sort_kernels import (
 from jax_eplb.kernels.varying import equally_varying, varying_like
 
 MAX_EXPERTS = 512  # more of them do not fit the registers of a program
-# Scores of the largest tile that one program takes alone. One of twice as many took 29 µs on an
-# H200, where two launches take less than 14.
-_ONE_PROGRAM = 8192
+_ONE_PROGRAM = 4096  # scores of the largest tile that one program takes alone
+# Tokens of a program where there are several, by the number of tokens: as measured on an H100.
+_BLOCKS = ((512, 16), (4096, 32), (None, 64))
 
 
 class TopKSorted(NamedTuple):
@@ -121,7 +121,7 @@ def top_k_sort_by_kernels(
         block = power_of_two(num_tokens)
         if block * width > _ONE_PROGRAM:
             # Every program of the second kernel reads the counts of all.
-            block = 32 if num_tokens <= 4096 else 64
+            block = next(size for most, size in _BLOCKS if most is None or num_tokens <= most)
     inputs = [scores, mask] + ([] if rank_of_expert is None else [rank_of_expert])
     varying = jax.typeof(scores).manual_axis_type
 

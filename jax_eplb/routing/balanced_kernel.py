@@ -40,14 +40,11 @@ def kernel_shares(
     tables: PlacementTables,
     ranks: Ranks,
     *,
-    num_warps: int | None = None,
     interpret: bool = False,
 ) -> Int[Array, "P S"]:
     """As `plain_shares`, for J up to `MAX_REPLICATED_SLOTS` but not 0."""
     num_ranks, num_experts = counts.shape
     num_slots = tables.slot_to_expert.size
-    if num_warps is None:
-        num_warps = 4 if tables.replicated_slots.size <= 32 else 8  # as measured on an H200
     inputs = (
         counts,
         tables.slot_to_expert,
@@ -65,7 +62,7 @@ def kernel_shares(
             jax.ShapeDtypeStruct((num_ranks, _num_sums(ranks), num_experts), jnp.int32, **varying),
         ),
         grid=(num_ranks,),
-        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
         interpret=interpret,
         name="balanced_replica_choice",
     )(*inputs)
