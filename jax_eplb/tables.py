@@ -60,7 +60,8 @@ class PlacementTables(NamedTuple):
         shapes = [table.shape[1:] for table in self]
         types = [table.dtype for table in self]
         ends = list(itertools.accumulate(math.prod(shape) for shape in shapes))
-        bits = [jax.lax.bitcast_convert_type(table, jnp.int32) for table in self]
+        # Without those of no entries, on which XLA's partitioner of jax 0.11 crashes.
+        bits = [jax.lax.bitcast_convert_type(table, jnp.int32) for table in self if table.size]
         rows = [table.reshape(table.shape[0], -1) for table in bits]
 
         def apart(row):
