@@ -52,9 +52,9 @@ def rebalance(
 
     Rows travel in waves in which no rank sends or gets more than `slots_at_once` rows, and the
     banks are written in place, so extra memory on a device is at most 2 `slots_at_once` + 2 slots
-    (both rounded up to powers of two); across processes 5 `slots_at_once` + 2. For that the arrays
-    given are used up (donated); `donate=False` keeps them, at the price of a copy of the banks.
-    `collective` as for `stage_moves`.
+    (both rounded up to powers of two; 3 on a CPU); across processes 5 `slots_at_once` + 2. For that
+    the arrays given are used up (donated); `donate=False` keeps them, at the price of a copy of the
+    banks. `collective` as for `stage_moves`.
 
     All or nothing. Raises ValueError, with nothing moved, where the placements have different
     sizes or layers, an expert would have no slot, or none holds it and there is no host copy;
