@@ -199,7 +199,8 @@ def _imbalance(
     load: np.ndarray, table: np.ndarray, capacity: np.ndarray, served: Served
 ) -> np.ndarray:
     score = _scorer(served.split)
-    found = score(jnp.asarray(load, jnp.float32), jnp.asarray(table), served.num_ranks, capacity)
+    # Of numpy arrays, which `jit` takes in less time than it takes to make them JAX's.
+    found = score(load, table, served.num_ranks, capacity)
     return np.asarray(found, np.float64)
 
 

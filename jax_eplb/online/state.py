@@ -191,7 +191,8 @@ def layers_on(state: BalancerState, ranks: Sequence[int] | np.ndarray) -> np.nda
 
 def must_change(state: BalancerState) -> np.ndarray:
     """bool[L]: the layers that have experts on ranks of speed 0."""
-    return layers_on(state, np.flatnonzero(state.capacity == 0))
+    empty = np.flatnonzero(state.capacity == 0)
+    return layers_on(state, empty) if empty.size else np.zeros(len(state.table), bool)
 
 
 def looks_after(iterations: int, config: BalancerConfig) -> bool:
