@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from jax_eplb.moe.config import MoEConfig
+from jax_eplb.moe.exchange import IMPLEMENTATIONS
 from jax_eplb.moe.feed_forward import ExpertWeights
 from jax_eplb.moe.forward import MoEParams, moe_forward
 from jax_eplb.placement import Placement
@@ -55,6 +56,16 @@ GPT_OSS_20B = Shape("gpt-oss-20b", 2880, 2880, 32, 4)
 def small(shape: Shape) -> Shape:
     """The same experts and choices, narrow enough for a CPU."""
     return shape._replace(name=f"{shape.name}, narrow", embed=256, hidden=32)
+
+
+def usable_exchanges() -> tuple[str, ...]:
+    """The ways rows can travel here: `ragged` not on a CPU, nor between processes.
+
+    XLA of jax 0.11 refuses the latter, unless its flag
+    `xla_gpu_allow_ragged_all_to_all_nccl_send_recv_fallback` says otherwise.
+    """
+    ragged = jax.default_backend() != "cpu" and jax.process_count() == 1
+    return tuple(name for name in IMPLEMENTATIONS if ragged or name != "ragged")
 
 
 def make_params(

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.layer_stack import AXIS
+from benchmarks.layer_stack import AXIS, usable_exchanges
 from benchmarks.tables import Column, Table
 from jax_eplb import MoE, MoEConfig, Placement
 from jax_eplb.moving import rebalance
@@ -38,21 +38,20 @@ def run_checks(mesh: Mesh, placements: int, dtype) -> Iterator[dict[str, Any]]:
         return random_placement(generator, num_experts, num_slots, num_ranks)
 
     yield _moves_check(mesh, [draw() for _ in range(placements)], dtype)
-    for exchange in ("waves", "all_gather", "ragged"):
-        if exchange != "ragged" or jax.default_backend() != "cpu":
-            for choice in ("even", "balanced"):
-                config = MoEConfig(
-                    _EMBED,
-                    _HIDDEN,
-                    num_experts,
-                    4,
-                    num_slots,
-                    num_ranks,
-                    exchange=exchange,
-                    replica_choice=choice,
-                )
-                chosen = [draw() for _ in range(min(placements, _OUTPUTS))]
-                yield _output_check(mesh, config, chosen, dtype)
+    for exchange in usable_exchanges():
+        for choice in ("even", "balanced"):
+            config = MoEConfig(
+                _EMBED,
+                _HIDDEN,
+                num_experts,
+                4,
+                num_slots,
+                num_ranks,
+                exchange=exchange,
+                replica_choice=choice,
+            )
+            chosen = [draw() for _ in range(min(placements, _OUTPUTS))]
+            yield _output_check(mesh, config, chosen, dtype)
 
 
 def random_placement(

@@ -20,12 +20,13 @@ from benchmarks.layer_stack import (
     make_params,
     place_tables,
     stack_step,
+    usable_exchanges,
 )
 from benchmarks.progress import say
 from benchmarks.tables import Column, Table
 from benchmarks.timing import in_turn
 from jax_eplb.moe.config import MoEConfig
-from jax_eplb.moe.exchange import IMPLEMENTATIONS, exchange
+from jax_eplb.moe.exchange import exchange
 from jax_eplb.placement import Placement, fewest_slots
 from jax_eplb.routing import RouterConfig, order_without_replicas, route_and_sort
 
@@ -67,8 +68,7 @@ def measure_exchange(
             tokens = draw_tokens(shape, num_ranks * num_tokens, mesh, dtype)
             programs = {
                 name: _programs(shape.config(num_slots, num_ranks, exchange=name), mesh)
-                for name in IMPLEMENTATIONS
-                if name != "ragged" or jax.default_backend() != "cpu"
+                for name in usable_exchanges()
             }
             yield from _compare(programs, params, tables, tokens, shape, dtype, link, rounds)
 
