@@ -145,7 +145,7 @@ def stack_step(config: MoEConfig, mesh: Mesh) -> Callable:
         tokens, counts = jax.lax.scan(layer, tokens, (_layers(params), params.router, rows))
         return tokens, jax.tree.map(lambda x: x[None], counts)
 
-    return _sharded(local, mesh, (_params_spec(), P(), P(AXIS)))
+    return _sharded(local, mesh, (params_spec(), P(), P(AXIS)))
 
 
 def separate_layers(config: MoEConfig, mesh: Mesh) -> Callable:
@@ -167,7 +167,7 @@ def separate_layers(config: MoEConfig, mesh: Mesh) -> Callable:
         total, counts = jax.lax.scan(layer, zero, (_layers(params), params.router, rows, tokens))
         return total[None], jax.tree.map(lambda x: x[None], counts)
 
-    return _sharded(local, mesh, (_params_spec(), P(), P(None, AXIS)))
+    return _sharded(local, mesh, (params_spec(), P(), P(None, AXIS)))
 
 
 def _layers(params: MoEParams) -> Array:
@@ -175,7 +175,7 @@ def _layers(params: MoEParams) -> Array:
     return jnp.arange(len(params.router), dtype=jnp.int32)
 
 
-def _params_spec() -> MoEParams:
+def params_spec() -> MoEParams:
     bank: Any = P(None, AXIS)
     router: Any = P()
     return MoEParams(router, ExpertWeights(bank, bank))
