@@ -2,7 +2,10 @@
 
 import json
 
+import jax
+import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from benchmarks import ceilings, grouped_matmul, layer
 from benchmarks.ceilings import Ceilings, burst_ms, compile_all
@@ -72,3 +75,12 @@ def test_a_call_that_does_not_compile_leaves_its_reason():
     found = compile_all({"good": (abs, [1.0]), "wrong": (wrong, [1.0])})
     assert found["good"](-2.0) == 2
     assert found["wrong"] == "ValueError: too small"
+
+
+def test_all_processes_make_as_many_calls_in_a_burst(monkeypatch):
+    # Each times the first call for itself; a collective that one process leaves out hangs.
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda calls: np.int32(7))
+    made = []
+    burst_ms(lambda: made.append(1), bursts=2)
+    assert len(made) == 2 + 2 * 7

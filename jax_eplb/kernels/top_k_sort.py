@@ -18,10 +18,10 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_eplb.kernels.counting_sort import counting_sort
+from jax_eplb.kernels.threads import power_of_two
 from jax_eplb.kernels.top_k_sort_kernels import (
     choose_kernel,
     place_kernel,
-    power_of_two,
     whole_kernel,
 )
 from jax_eplb.kernels.varying import equally_varying, varying_like

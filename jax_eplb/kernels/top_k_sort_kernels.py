@@ -11,6 +11,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from jax_eplb.kernels.threads import power_of_two, wait
+
 _COUNTS = 8192  # of a tile of counts
 _WARP = 128  # scores of a token that one warp takes at once
 _LEAST = -(2**31)
@@ -28,11 +30,11 @@ def whole_kernel(scores_ref, mask_ref, *refs, block: int, interpret: bool):
         plgpu.store(tokens_ref.at[expert], count, mask=exists)
         plgpu.store(sizes_ref.at[_rank_of(rank, expert, num_experts)], count, mask=exists)
     if rank:
-        _wait(interpret)
+        wait(interpret)
         sizes = [_load(sizes_ref, expert, expert < num_experts) for expert in parts]
         for expert, start in zip(parts, _starts(sizes), strict=True):
             plgpu.store(start_ref.at[expert], start, mask=expert < num_experts)
-        _wait(interpret)
+        wait(interpret)
         ranks = [_rank_of(rank, expert, num_experts) for expert in parts]
         starts = [_load(start_ref, x, x < num_experts) for x in ranks]
     else:
@@ -79,7 +81,7 @@ def place_kernel(mask_ref, experts_ref, earlier_ref, counts_ref, *refs, block: i
     plgpu.store(start_ref.at[jnp.full_like(expert, own_block), expert], start, mask=exists)
     # All programs store the same totals.
     plgpu.store(sizes_ref.at[expert], counts, mask=exists)
-    _wait(interpret)
+    wait(interpret)
     totals = _load(sizes_ref, _rank_of(rank, expert, num_experts), exists)
     plgpu.store(tokens_ref.at[expert], totals, mask=exists)
 
@@ -212,13 +214,3 @@ def _rank_of(rank, expert, num_experts: int):
 
 def _load(ref, index, mask):
     return plgpu.load(ref.at[index], mask=mask, other=False if ref.dtype == bool else 0)
-
-
-def _wait(interpret: bool):
-    if not interpret:
-        plgpu.debug_barrier()  # other threads read what was stored
-
-
-def power_of_two(size: int) -> int:
-    """The least power of two that is not smaller."""
-    return 1 << (size - 1).bit_length()

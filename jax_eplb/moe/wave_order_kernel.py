@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int
 
-from jax_eplb.kernels.top_k_sort_kernels import power_of_two
+from jax_eplb.kernels.threads import load, power_of_two, wait
 from jax_eplb.kernels.varying import equally_varying
 from jax_eplb.moe.wave_order import WaveOrder
 
@@ -89,23 +89,23 @@ def _kernel(
     sender, slot = lax.div(each, jnp.int32(per_rank)), lax.rem(each, jnp.int32(per_rank))
     at = jnp.where(exists, sender, 0), jnp.where(exists, rank * per_rank + slot, 0)
     received = plgpu.load(of_all_ref.at[at], mask=exists, other=0)
-    plgpu.store(sent_end_ref.at[each], jnp.cumsum(_load(own_ref, each, exists)), mask=exists)
+    plgpu.store(sent_end_ref.at[each], jnp.cumsum(load(own_ref, each, exists)), mask=exists)
     plgpu.store(received_end_ref.at[each], jnp.cumsum(received), mask=exists)
-    _wait(interpret)
+    wait(interpret)
 
     slot, sender = lax.div(each, jnp.int32(num_ranks)), lax.rem(each, jnp.int32(num_ranks))
     run = sender * per_rank + slot
     before = _end(received_end_ref, sender * per_rank, exists) + first
     skipped = jnp.clip(_end(received_end_ref, run, exists) - before, 0, capacity)
-    stop = jnp.clip(_load(received_end_ref, run, exists) - before, 0, capacity)
+    stop = jnp.clip(load(received_end_ref, run, exists) - before, 0, capacity)
     placed = jnp.where(exists, stop - skipped, 0)
     plgpu.store(placed_end_ref.at[each], jnp.cumsum(placed), mask=exists)
     plgpu.store(skipped_ref.at[each], skipped, mask=exists)
-    _wait(interpret)
+    wait(interpret)
 
     is_slot = each < per_rank
     slot_start = _end(placed_end_ref, each * num_ranks, is_slot)
-    slot_end = _load(placed_end_ref, each * num_ranks + (num_ranks - 1), is_slot)
+    slot_end = load(placed_end_ref, each * num_ranks + (num_ranks - 1), is_slot)
     plgpu.store(sizes_ref.at[each], slot_end - slot_start, mask=is_slot)
 
     row = pl.program_id(0) * block + jnp.arange(block, dtype=jnp.int32)
@@ -116,11 +116,11 @@ def _kernel(
     start, stop = _run_of(sent_end_ref, peer, is_row, per_rank)
     source = start + first + turn
     goes = is_row & (source < stop)
-    chosen = jnp.where(goes, _load(choice_ref, source, goes), num_choices)
+    chosen = jnp.where(goes, load(choice_ref, source, goes), num_choices)
     plgpu.store(chosen_ref.at[row], chosen, mask=is_row)
 
     is_choice = row < num_choices
-    place = _load(place_ref, row, is_choice)
+    place = load(place_ref, row, is_choice)
     slot = _segment(sent_end_ref, place, is_choice, 0, num_slots)
     served = is_choice & (slot < num_slots)
     to = lax.div(slot, jnp.int32(per_rank))
@@ -135,7 +135,7 @@ def _kernel(
     filled = is_row & (run < num_slots)
     sender = lax.rem(run, jnp.int32(num_ranks))
     start = _end(placed_end_ref, run, filled)
-    arrival = sender * capacity + _load(skipped_ref, run, filled) + row - start
+    arrival = sender * capacity + load(skipped_ref, run, filled) + row - start
     plgpu.store(arrival_ref.at[row], jnp.where(filled, arrival, last), mask=is_row)
 
     before = _end(received_end_ref, peer * per_rank, is_row) + first
@@ -143,14 +143,14 @@ def _kernel(
     slot = found - peer * per_rank
     filled = is_row & (slot < per_rank)
     run = slot * num_ranks + peer
-    start = _end(placed_end_ref, run, filled) - _load(skipped_ref, run, filled)
+    start = _end(placed_end_ref, run, filled) - load(skipped_ref, run, filled)
     plgpu.store(departure_ref.at[row], jnp.where(filled, start + turn, last), mask=is_row)
 
 
 def _run_of(sent_end_ref, peer, mask, per_rank: int):
     """Where the run of rows for a rank begins and ends in the order by slot."""
     start = _end(sent_end_ref, peer * per_rank, mask)
-    return start, _load(sent_end_ref, peer * per_rank + (per_rank - 1), mask)
+    return start, load(sent_end_ref, peer * per_rank + (per_rank - 1), mask)
 
 
 def _segment(ends_ref, index, mask, begin, count: int):
@@ -159,20 +159,11 @@ def _segment(ends_ref, index, mask, begin, count: int):
     while step := step // 2:
         last = found + (step - 1)
         inside = mask & (last < count)
-        ended = inside & (_load(ends_ref, begin + last, inside) <= index)
+        ended = inside & (load(ends_ref, begin + last, inside) <= index)
         found = found + jnp.where(ended, step, 0)
     return begin + found
 
 
 def _end(ends_ref, index, mask):
     """Where the segment before this one ends."""
-    return _load(ends_ref, index - 1, mask & (index > 0))
-
-
-def _load(ref, index, mask):
-    return plgpu.load(ref.at[jnp.where(mask, index, 0)], mask=mask, other=0)
-
-
-def _wait(interpret: bool):
-    if not interpret:
-        plgpu.debug_barrier()  # other threads read what was stored
+    return load(ends_ref, index - 1, mask & (index > 0))

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int
 
-from jax_eplb.kernels.top_k_sort_kernels import power_of_two
+from jax_eplb.kernels.threads import load, power_of_two, wait
 from jax_eplb.kernels.varying import equally_varying
 from jax_eplb.routing.leveling import Replicas, describe, total, whole_quota
 from jax_eplb.routing.own_share import (
@@ -91,7 +91,7 @@ def _kernel(
     slot = slots_ref[...]
     used = slot < num_slots
     alone = -1 - lax.iota(jnp.int32, num_places)
-    expert = jnp.where(used, _load(expert_ref, slot, used), alone)
+    expert = jnp.where(used, load(expert_ref, slot, used), alone)
     rank_of_slot = jnp.where(used, lax.div(slot, jnp.int32(per_rank)), alone)
     # At least as wide as the threads that share a row of `leveling`: then rows of both are laid out
     # alike.
@@ -99,28 +99,27 @@ def _kernel(
     place = lax.broadcasted_iota(jnp.int32, (num_places, width), 1)
     beside = rank_of_slot[:, None] * per_rank + place  # the slots of the same rank, [J, N]
     is_beside = used[:, None] & (place < per_rank)
-    expert_beside = _load(expert_ref, beside, is_beside)
+    expert_beside = load(expert_ref, beside, is_beside)
     is_filled = is_beside & (expert_beside < num_experts)
-    is_single = is_filled & (_load(replicas_ref, expert_beside, is_filled) == 1)
+    is_single = is_filled & (load(replicas_ref, expert_beside, is_filled) == 1)
     there = _load_two(counts_ref, rank_of_slot, expert, used) if ranks.prefers_near else None
     leveling = leveling_ref[...]
-    handicap = _load(handicap_ref, rank_of_slot, used)
+    handicap = load(handicap_ref, rank_of_slot, used)
 
     sums = _add_up(counts_ref, rank, ranks)
     each = lax.iota(jnp.int32, power_of_two(num_experts))
     for row, values in enumerate(sums):
         plgpu.store(sums_ref.at[rank, row, each], values, mask=each < num_experts)
-    if not interpret:
-        plgpu.debug_barrier()  # other threads read what was stored
+    wait(interpret)
 
-    tokens, *before = (_load(sums_ref, expert, used, rank, row) for row in range(len(sums)))
-    fixed = _load(sums_ref, expert_beside, is_single, rank, 0).sum(axis=1, dtype=jnp.int32)
+    tokens, *before = (load(sums_ref, expert, used, rank, row) for row in range(len(sums)))
+    fixed = load(sums_ref, expert_beside, is_single, rank, 0).sum(axis=1, dtype=jnp.int32)
     mean = sums[0].sum(dtype=jnp.int32).astype(jnp.float32) / num_ranks
     fixed = fixed + (handicap * mean).astype(jnp.int32)
     replicas = _laid_out_like(leveling, describe(expert, rank_of_slot))
     quota = whole_quota(tokens, fixed, mean, leveling, replicas)
 
-    own = _load(counts_ref, expert, used, rank)
+    own = load(counts_ref, expert, used, rank)
     if there is None:
         share = alike_share(quota, own, before, replicas)
     else:
@@ -136,10 +135,10 @@ def _kernel(
 
     every = lax.iota(jnp.int32, power_of_two(num_slots))
     exists = every < num_slots
-    its_expert = _load(expert_ref, every, exists)
+    its_expert = load(expert_ref, every, exists)
     is_filled = exists & (its_expert < num_experts)
-    alone = exists & (_load(replicas_ref, its_expert, is_filled) <= 1)  # or empty
-    tokens = _load(counts_ref, its_expert, is_filled, rank)
+    alone = exists & (load(replicas_ref, its_expert, is_filled) <= 1)  # or empty
+    tokens = load(counts_ref, its_expert, is_filled, rank)
     plgpu.store(shares_ref.at[rank, every], tokens, mask=alone)
 
 
@@ -186,7 +185,7 @@ def _add_up(counts_ref, rank, ranks: Ranks):
         start = chunk * _ROWS
         # All loads of a chunk are on their way at once.
         rows = [
-            _load(counts_ref, each, (each < num_experts) & (start + i < num_ranks), start + i)
+            load(counts_ref, each, (each < num_experts) & (start + i < num_ranks), start + i)
             for i in range(_ROWS)
         ]
         for i, values in enumerate(rows):
@@ -195,11 +194,6 @@ def _add_up(counts_ref, rank, ranks: Ranks):
 
     zeros = [jnp.zeros(each.shape, jnp.int32)] * _num_sums(ranks)
     return lax.fori_loop(0, pl.cdiv(num_ranks, _ROWS), add, zeros)
-
-
-def _load(ref, index, mask, *row):
-    """Entries of a row, or of what has one alone; 0 where the mask is False."""
-    return plgpu.load(ref.at[*row, jnp.where(mask, index, 0)], mask=mask, other=0)
 
 
 def _load_two(ref, row, index, mask):

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int
 
-from jax_eplb.kernels.top_k_sort_kernels import power_of_two
+from jax_eplb.kernels.threads import load, power_of_two, wait
 from jax_eplb.kernels.varying import equally_varying
 
 MAX_SLOTS = 4096  # more would not fit the registers of a program
@@ -60,16 +60,16 @@ def _kernel(
     num_choices, num_slots = place_ref.shape[0], sizes_ref.shape[0]
     each = jnp.arange(power_of_two(num_slots), dtype=jnp.int32)
     exists = each < num_slots
-    sizes = _load(sizes_ref, each, exists)
-    slots = _load(slots_ref, each, exists)
-    run_sizes = _load(sizes_ref, slots, exists)  # by expert
+    sizes = load(sizes_ref, each, exists)
+    slots = load(slots_ref, each, exists)
+    run_sizes = load(sizes_ref, slots, exists)  # by expert
     run_end = jnp.cumsum(run_sizes)
     plgpu.store(slot_start_ref.at[each], jnp.cumsum(sizes) - sizes, mask=exists)
     plgpu.store(run_end_ref.at[each], run_end, mask=exists)
-    _wait(interpret)
-    shift = _load(slot_start_ref, slots, exists) - (run_end - run_sizes)
+    wait(interpret)
+    shift = load(slot_start_ref, slots, exists) - (run_end - run_sizes)
     plgpu.store(shift_ref.at[each], shift, mask=exists)
-    _wait(interpret)
+    wait(interpret)
 
     choice = pl.program_id(0) * block + jnp.arange(block, dtype=jnp.int32)
     real, total = choice < num_choices, sizes.sum(dtype=jnp.int32)
@@ -80,18 +80,9 @@ def _kernel(
     while step := step // 2:
         last = run + (step - 1)
         inside = served & (last < num_slots)
-        run = run + jnp.where(inside & (_load(run_end_ref, last, inside) <= place), step, 0)
-    moved = jnp.where(served, place + _load(shift_ref, run, served), num_choices)
+        run = run + jnp.where(inside & (load(run_end_ref, last, inside) <= place), step, 0)
+    moved = jnp.where(served, place + load(shift_ref, run, served), num_choices)
     plgpu.store(moved_ref.at[choice], moved, mask=real)
     plgpu.store(choice_ref.at[moved], choice, mask=served)
     nobody = jnp.full_like(choice, num_choices)
     plgpu.store(choice_ref.at[choice], nobody, mask=real & (choice >= total))
-
-
-def _load(ref, index, mask):
-    return plgpu.load(ref.at[jnp.where(mask, index, 0)], mask=mask, other=0)
-
-
-def _wait(interpret: bool):
-    if not interpret:
-        plgpu.debug_barrier()  # other threads read what was stored
