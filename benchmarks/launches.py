@@ -61,13 +61,23 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 def gpu_mesh(num_ranks: int) -> Mesh:
-    """Of this machine's GPUs, or of H100 that are not there."""
+    """Of this machine's GPUs, or of H100 that are not there.
+
+    Raises RuntimeError where JAX cannot compile for them.
+    """
     if jax.default_backend() == "gpu" and len(jax.devices()) >= num_ranks:
         devices = jax.devices()[:num_ranks]
     else:
-        found = topologies.get_topology_desc(
-            platform="cuda", topology=f"1x1x{num_ranks}", target_config=_H100
-        )
+        shape = f"1x1x{num_ranks}"
+        try:
+            found = topologies.get_topology_desc(
+                platform="cuda", topology=shape, target_config=_H100
+            )
+        except NotImplementedError as error:
+            raise RuntimeError(
+                "this JAX cannot compile for CUDA (see the log above where its plugin is "
+                "installed); install 'jax-eplb[gpu]'"
+            ) from error
         devices = found.devices
     return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
 
@@ -170,7 +180,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=128, metavar="T", help="of each rank (128)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     given = parser.parse_args(argv)
-    rows = list(measure(gpu_mesh(given.ranks), (GPT_OSS_20B, QWEN3_30B), given.tokens))
+    try:
+        mesh = gpu_mesh(given.ranks)
+    except RuntimeError as error:
+        parser.error(str(error))
+    rows = list(measure(mesh, (GPT_OSS_20B, QWEN3_30B), given.tokens))
     if given.json:
         print(json.dumps({"jax": jax.__version__, "ranks": given.ranks, "rows": rows}))
         return
