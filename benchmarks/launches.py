@@ -154,14 +154,9 @@ def count_launches(program: str) -> tuple[int, int]:
                 continue
             if found[1] == "conditional":
                 listed = re.search(r"branch_computations=\{([^}]*)\}", line)
-                names = (
-                    listed[1].split(", ") if listed else re.findall(r"_computation=(%\S+)", line)
-                )
-                branches = [count(branch.strip("%,")) for branch in names]
-                launches, collectives = (
-                    total + most
-                    for total, most in zip((launches, collectives), max(branches), strict=True)
-                )
+                names = listed[1] if listed else " ".join(re.findall(r"_computation=(\S+)", line))
+                most = max(count(branch) for branch in re.findall(r"[\w.-]+", names))
+                launches, collectives = launches + most[0], collectives + most[1]
                 continue
             launches += 1
             collectives += found[1].startswith(("all-", "reduce-scatter", "collective-"))

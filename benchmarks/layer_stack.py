@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from jax_eplb.mesh import lay_out
 from jax_eplb.moe.config import MoEConfig
 from jax_eplb.moe.exchange import IMPLEMENTATIONS
 from jax_eplb.moe.feed_forward import ExpertWeights
@@ -94,13 +95,13 @@ def make_params(
         router = np.random.default_rng(_SEED).normal(
             size=(num_layers, shape.embed, shape.experts), scale=shape.embed**-0.5
         )
-    return MoEParams(_put(router.astype(np.float32), whole), experts)
+    return MoEParams(lay_out(router.astype(np.float32), whole), experts)
 
 
 def place_tables(placement: Placement, config: MoEConfig, mesh: Mesh) -> PlacementTables:
     """The placement's tables, equal on every device."""
     tables = placement.tables(with_leveling=config.needs_leveling)
-    return jax.tree.map(lambda x: _put(np.asarray(x), NamedSharding(mesh, P())), tables)
+    return lay_out(jax.tree.map(np.asarray, tables), NamedSharding(mesh, P()))
 
 
 def draw_tokens(shape: Shape, num_tokens: int, mesh: Mesh, dtype) -> Array:
@@ -116,12 +117,7 @@ def draw_tokens(shape: Shape, num_tokens: int, mesh: Mesh, dtype) -> Array:
 
 def spread(array: np.ndarray, mesh: Mesh, axis: int) -> Array:
     """The array divided among the ranks along that axis."""
-    return _put(array, NamedSharding(mesh, P(*(None,) * axis, AXIS)))
-
-
-def _put(array: np.ndarray, sharding: NamedSharding) -> Array:
-    # As one call of device_put would, but without a hidden exchange between processes.
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    return lay_out(array, NamedSharding(mesh, P(*(None,) * axis, AXIS)))
 
 
 def stack_step(config: MoEConfig, mesh: Mesh) -> Callable:

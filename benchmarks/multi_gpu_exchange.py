@@ -133,7 +133,7 @@ def exchange_alone(config: MoEConfig, mesh: Mesh) -> Callable:
         routes, found = route_and_sort(
             logits, mask, config.experts_per_token, RouterConfig(), None, slots_of_experts[:, 0]
         )
-        order = order_without_replicas(found, ranks.tell_all(found.run_sizes))
+        order = order_without_replicas(found, ranks)
         sizes = config.exchange_sizes(len(tokens))
         out, rows = exchange(
             lambda rows, params, group_sizes: rows,

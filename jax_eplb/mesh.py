@@ -2,9 +2,9 @@
 
 import functools
 import os
+from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, Sharding
 
 
@@ -56,9 +56,19 @@ def one_process(mesh: Mesh) -> bool:
     return len({device.process_index for device in mesh.devices.flat}) == 1
 
 
-def lay_out(host: np.ndarray, sharding: Sharding) -> jax.Array:
-    """A host array, the same on every process, on the devices; waits for no other process."""
-    if sharding.is_fully_addressable:
+def lay_out(host: Any, sharding: Any) -> Any:
+    """Host arrays, the same on every process, on the devices; waits for no other process.
+
+    `host`: an array or a tree of them; `sharding`: one for all, or a tree like theirs.
+    """
+    if all(each.is_fully_addressable for each in jax.tree.leaves(sharding)):
         return jax.device_put(host, sharding)
-    # `device_put` would compare it across processes, which waits for them.
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+    if isinstance(sharding, Sharding):
+        one = sharding
+        sharding = jax.tree.map(lambda _: one, host)
+    # `device_put` would compare them across processes, which waits for them.
+    return jax.tree.map(
+        lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda i: x[i]),
+        host,
+        sharding,
+    )

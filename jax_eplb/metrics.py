@@ -62,6 +62,16 @@ def balancedness_mean_of_ratios(rank_tokens: Tokens, capacity: Tokens | None = N
     return xp.where(most > 0, ratio, xp.ones_like(ratio)).mean(axis=-1)
 
 
+def balancedness_from(imbalance: Tokens) -> Tokens:
+    """The same from the layers' imbalances, [..., L] to [...].
+
+    >>> balancedness_from(np.array([0.5, 0.0])).round(3)
+    np.float64(0.833)
+    """
+    _, values = _as_float(imbalance)
+    return (1 / (1 + values)).mean(axis=-1)
+
+
 def balancedness_ratio_of_sums(rank_tokens: Tokens) -> Tokens:
     """Sum over layers of the mean / sum over layers of the max, [..., L, P] to [...].
 
@@ -151,7 +161,7 @@ def _mean_where(values: np.ndarray, counted: np.ndarray) -> np.ndarray:
 
 def _times(xp, tokens, capacity) -> tuple[Any, Any]:
     """What each rank takes, [..., P], and what all would if they took as long, [...]."""
-    if capacity is None:
+    if capacity is None or (xp is np and (capacity == 1).all()):  # often, and quicker
         return tokens, tokens.mean(axis=-1)
     speed = xp.asarray(capacity, tokens.dtype)
     live = xp.broadcast_to(speed > 0, tokens.shape)

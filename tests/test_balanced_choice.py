@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
 from scipy.optimize import linprog
 
@@ -14,6 +13,7 @@ from jax_eplb.mesh import expert_mesh
 from jax_eplb.routing import Ranks
 from jax_eplb.routing.balanced import balanced, balanced_shares, plain_shares
 from jax_eplb.routing.balanced_kernel import kernel_shares
+from tests.gpu_programs import lowered_for_gpu
 from tests.replica_choice_cases import (
     SHAPES,
     Batch,
@@ -208,9 +208,6 @@ def test_in_a_shard_map_each_rank_reads_off_its_own_share():
 def test_on_a_gpu_it_is_one_kernel():
     batch = draw_batch((7, 12, 6, 3), 1)
     run = jax.jit(functools.partial(balanced_shares, ranks=batch.ranks))
-    gpu = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="cuda")
-    with use_abstract_mesh(AbstractMesh((), (), abstract_device=gpu)):
-        traced = run.trace(jnp.asarray(batch.counts), batch.tables)
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    text = lowered_for_gpu(run, jnp.asarray(batch.counts), batch.tables)
     assert text.count("xla.gpu.triton") == 1
     assert "stablehlo.while" not in text

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from jax_eplb import Placement
 from jax_eplb.kernels import top_k_sort
@@ -14,6 +13,7 @@ from jax_eplb.routing import SlotTokens, order_by_slot, segment_of
 from jax_eplb.routing.even import even_share
 from jax_eplb.routing.slot_order import order_by_xla
 from jax_eplb.routing.slot_order_kernel import order_by_kernel
+from tests.gpu_programs import lowered_for_gpu
 from tests.placement_cases import random_table, seeds
 
 pytestmark = pytest.mark.light_compile
@@ -93,10 +93,8 @@ def test_the_kernel_gives_the_same_order(num_tokens, num_slots):
 def test_on_a_gpu_it_is_one_kernel():
     tables = Placement.default(num_experts=E, num_slots=S, num_ranks=RANKS).tables()
     run = ordered()
-    gpu = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="cuda")
-    with use_abstract_mesh(AbstractMesh((), (), abstract_device=gpu)):
-        arrays = jnp.zeros((T, E)), jnp.ones(T, bool), jnp.zeros(S, jnp.int32), tables.of_layer(0)
-        text = run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    arrays = jnp.zeros((T, E)), jnp.ones(T, bool), jnp.zeros(S, jnp.int32), tables.of_layer(0)
+    text = lowered_for_gpu(run, *arrays)
     assert text.count("order_by_slot") >= 1
 
 

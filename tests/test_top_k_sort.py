@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
 
 from jax_eplb import expert_mesh
 from jax_eplb.kernels import top_k_sort
 from jax_eplb.kernels.top_k_sort import by_xla, top_k_sort_by_kernels
+from tests.gpu_programs import lowered_for_gpu
 
 pytestmark = pytest.mark.light_compile
 
@@ -142,7 +142,5 @@ def test_no_tokens_choose_nothing():
 def test_few_tokens_are_one_launch_on_a_gpu_and_many_are_two(shape, launches):
     scores, mask, rank = drawn(shape, 2, 0.0)
     run = jax.jit(functools.partial(top_k_sort_by_kernels, experts_per_token=shape[2]))
-    gpu = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="cuda")
-    with use_abstract_mesh(AbstractMesh((), (), abstract_device=gpu)):
-        lowered = run.trace(scores, mask, rank).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("xla.gpu.triton") == launches
+    text = lowered_for_gpu(run, scores, mask, rank)
+    assert text.count("xla.gpu.triton") == launches

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from jax_eplb.moe.wave_order import wave_order_by_xla
 from jax_eplb.moe.wave_order_kernel import wave_order_by_kernel
+from jax_eplb.routing import SlotOrder, SlotTokens
+from tests.gpu_programs import lowered_for_gpu
 from tests.placement_cases import seeds
 
 pytestmark = pytest.mark.light_compile
@@ -36,7 +37,7 @@ def drawn(shape, seed):
     padding = flat[rank] == slots
     choice = np.where(padding[order], order.size, order).astype(np.int32)
     place = np.where(padding, order.size, place).reshape(tokens, top_k).astype(np.int32)
-    return choice, place, of_all[rank], of_all, jnp.int32(rank)
+    return SlotOrder(choice, place, SlotTokens(of_all[rank], of_all)), jnp.int32(rank)
 
 
 @functools.cache
@@ -72,7 +73,5 @@ def test_the_kernel_gives_the_same_order(shape, seed, wave):
 def test_it_lowers_for_a_gpu():
     arrays = (*drawn(SHAPES[0], 0), jnp.int32(0))
     run = jax.jit(functools.partial(wave_order_by_kernel, capacity=18))
-    gpu = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="cuda")
-    with use_abstract_mesh(AbstractMesh((), (), abstract_device=gpu)):
-        text = run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    text = lowered_for_gpu(run, *arrays)
     assert text.count("xla.gpu.triton") == 1

@@ -82,7 +82,7 @@ def moe_forward(
     # The counts are a part of the sort that the experts need: counting the load costs nothing.
     expert_tokens = found.expert_tokens
     if one_slot_each:
-        order = order_without_replicas(found, ranks.tell_all(found.run_sizes))
+        order = order_without_replicas(found, ranks)
     else:
         slot_tokens = POLICIES[config.replica_choice](expert_tokens, tables, ranks)
         order = order_by_slot(found, slot_tokens, tables)

@@ -11,37 +11,36 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jax_eplb.routing import segment_of
+from jax_eplb.routing import SlotOrder, segment_of
 
 
-class WaveOrder(NamedTuple):
-    """Of one wave."""
+class Wave(NamedTuple):
+    """One round there and back: which rows go, and in which order they are computed."""
 
     choice: Int[Array, "B"]  # sent in each row of the send buffer; T·K where it is empty
     place: Int[Array, "T K"]  # each choice's row of the send buffer; B where it does not go now
     group_sizes: Int[Array, "N"]
     arrival: Int[Array, "M"]  # the row of the receive buffer at each place of the order by slot
     departure: Int[Array, "M"]  # the inverse of `arrival`, for rows that hold something
+    first: Int[Array, ""]  # rows of each pair of ranks that earlier waves took
 
 
 def wave_order_by_xla(
-    choice: Int[Array, "TK"],  # of the order by slot
-    place: Int[Array, "T K"],  # in it
-    own: Int[Array, "S"],  # this rank's choices for each slot
-    of_all: Int[Array, "P S"],
+    order: SlotOrder,
     rank: Int[Array, ""],
-    first: Int[Array, ""],  # rows of each pair of ranks that earlier waves took
+    first: Int[Array, ""],
     *,
     capacity: int,
     is_packed: bool = False,
-) -> WaveOrder:
+) -> Wave:
     """The rows from `first` to `first` + C - 1 of each rank's run to each other one.
 
     In the send buffer, rows for a rank stand at its own C rows, or (`is_packed`) right after those
     for the rank before.
     """
+    own, of_all = order.slot_tokens
     num_ranks, num_slots = of_all.shape
-    per_rank, num_choices = num_slots // num_ranks, choice.size
+    per_rank, num_choices = num_slots // num_ranks, order.choice.size
     for_ranks = own.reshape(num_ranks, per_rank).sum(axis=1, dtype=jnp.int32)
     run_end = jnp.cumsum(for_ranks, dtype=jnp.int32)
     run_start = run_end - for_ranks
@@ -59,15 +58,15 @@ def wave_order_by_xla(
     peer = segment_of(row, sent_end)
     turn = row - sent_start[peer]
     source = jnp.minimum(run_start[peer] + first + turn, num_choices - 1)
-    chosen = jnp.where(turn < sent[peer], choice[source], num_choices)
+    choice = jnp.where(turn < sent[peer], order.choice[source], num_choices)
 
-    peer = segment_of(place, run_end)
-    turn = place - run_start[peer] - first
+    peer = segment_of(order.place, run_end)
+    turn = order.place - run_start[peer] - first
     goes = (turn >= 0) & (turn < sent[peer])
-    at = jnp.where(goes, sent_start[peer] + turn, size)
+    place = jnp.where(goes, sent_start[peer] + turn, size)
 
     received = jax.lax.dynamic_slice_in_dim(of_all, rank * per_rank, per_rank, axis=1)
-    return WaveOrder(chosen, at, *_order_of_arrivals(received, first, capacity))
+    return Wave(choice, place, *_order_of_arrivals(received, first, capacity), first)
 
 
 def _order_of_arrivals(received: Int[Array, "P N"], first: Int[Array, ""], capacity: int):

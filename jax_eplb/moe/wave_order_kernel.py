@@ -14,28 +14,26 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int
 
-from jax_eplb.kernels.threads import load, power_of_two, wait
+from jax_eplb.kernels.threads import load, power_of_two, segment, wait
 from jax_eplb.kernels.varying import equally_varying
-from jax_eplb.moe.wave_order import WaveOrder
+from jax_eplb.moe.wave_order import Wave
+from jax_eplb.routing import SlotOrder
 
-MAX_SLOTS = 4096  # more would not fit the registers of a program
 _ROWS = 512  # of a program
 
 
 def wave_order_by_kernel(
-    choice: Int[Array, "TK"],
-    place: Int[Array, "T K"],
-    own: Int[Array, "S"],  # this rank's choices for each slot
-    of_all: Int[Array, "P S"],
+    order: SlotOrder,
     rank: Int[Array, ""],
-    first: Int[Array, ""],  # rows of each pair of ranks that earlier waves took
+    first: Int[Array, ""],
     *,
     capacity: int,
     interpret: bool = False,
-) -> WaveOrder:
-    """As `wave_order_by_xla`, for S up to `MAX_SLOTS` and buffers that are not packed."""
-    num_ranks, num_slots = of_all.shape
-    inputs = (choice, place.reshape(-1), own, of_all, rank.reshape(1), first.reshape(1))
+) -> Wave:
+    """As `wave_order_by_xla`, for S up to `LONGEST` and buffers that are not packed."""
+    num_ranks, num_slots = order.slot_tokens.of_all.shape
+    numbers_of = (rank.reshape(1), first.reshape(1))
+    inputs = (order.choice, order.place.reshape(-1), *order.slot_tokens, *numbers_of)
     inputs = equally_varying(inputs)
     varying = {"manual_axis_type": jax.typeof(inputs[0]).manual_axis_type}
 
@@ -43,10 +41,11 @@ def wave_order_by_kernel(
         return jax.ShapeDtypeStruct((size,), jnp.int32, **varying)
 
     rows = num_ranks * capacity
-    most = max(rows, choice.size)
+    num_choices = order.choice.size
+    most = max(rows, num_choices)
     block = min(_ROWS, power_of_two(most))
-    outputs = [rows, choice.size, num_slots // num_ranks, rows, rows] + [num_slots] * 4
-    chosen, places, *rest = pl.pallas_call(
+    outputs = [rows, num_choices, num_slots // num_ranks, rows, rows] + [num_slots] * 4
+    choice, place, group_sizes, arrival, departure, *_ = pl.pallas_call(
         functools.partial(_kernel, capacity=capacity, block=block, interpret=interpret),
         out_shape=[numbers(size) for size in outputs],
         grid=(pl.cdiv(most, block),),
@@ -54,7 +53,8 @@ def wave_order_by_kernel(
         interpret=interpret,
         name="wave_order",
     )(*inputs)
-    return WaveOrder(chosen, places.reshape(place.shape), *rest[:3])
+    place = place.reshape(order.place.shape)
+    return Wave(choice, place, group_sizes, arrival, departure, first)
 
 
 def _kernel(
@@ -121,7 +121,7 @@ def _kernel(
 
     is_choice = row < num_choices
     place = load(place_ref, row, is_choice)
-    slot = _segment(sent_end_ref, place, is_choice, 0, num_slots)
+    slot = segment(sent_end_ref, place, is_choice, 0, num_slots)
     served = is_choice & (slot < num_slots)
     to = lax.div(slot, jnp.int32(per_rank))
     start, _ = _run_of(sent_end_ref, to, served, per_rank)
@@ -131,7 +131,7 @@ def _kernel(
     plgpu.store(places_ref.at[row], at, mask=is_choice)
 
     # What is received: by rank and then by slot; computed by slot and then by rank.
-    run = _segment(placed_end_ref, row, is_row, 0, num_slots)
+    run = segment(placed_end_ref, row, is_row, 0, num_slots)
     filled = is_row & (run < num_slots)
     sender = lax.rem(run, jnp.int32(num_ranks))
     start = _end(placed_end_ref, run, filled)
@@ -139,7 +139,7 @@ def _kernel(
     plgpu.store(arrival_ref.at[row], jnp.where(filled, arrival, last), mask=is_row)
 
     before = _end(received_end_ref, peer * per_rank, is_row) + first
-    found = _segment(received_end_ref, before + turn, is_row, peer * per_rank, per_rank)
+    found = segment(received_end_ref, before + turn, is_row, peer * per_rank, per_rank)
     slot = found - peer * per_rank
     filled = is_row & (slot < per_rank)
     run = slot * num_ranks + peer
@@ -151,17 +151,6 @@ def _run_of(sent_end_ref, peer, mask, per_rank: int):
     """Where the run of rows for a rank begins and ends in the order by slot."""
     start = _end(sent_end_ref, peer * per_rank, mask)
     return start, load(sent_end_ref, peer * per_rank + (per_rank - 1), mask)
-
-
-def _segment(ends_ref, index, mask, begin, count: int):
-    """Which of `count` segments, from `begin` on, an index lies in; `begin + count` past them."""
-    found, step = jnp.zeros_like(index), 2 * power_of_two(count)
-    while step := step // 2:
-        last = found + (step - 1)
-        inside = mask & (last < count)
-        ended = inside & (load(ends_ref, begin + last, inside) <= index)
-        found = found + jnp.where(ended, step, 0)
-    return begin + found
 
 
 def _end(ends_ref, index, mask):

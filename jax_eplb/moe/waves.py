@@ -11,29 +11,16 @@ brings them into the order of its slots by arithmetic, without a sort.
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Num
 
 from jax_eplb.kernels import take_rows
-from jax_eplb.moe.wave_order import wave_order_by_xla
-from jax_eplb.moe.wave_order_kernel import MAX_SLOTS, wave_order_by_kernel
+from jax_eplb.kernels.threads import LONGEST
+from jax_eplb.moe.wave_order import Wave, wave_order_by_xla
+from jax_eplb.moe.wave_order_kernel import wave_order_by_kernel
 from jax_eplb.routing import Ranks, SlotOrder
-
-
-class Wave(NamedTuple):
-    """One round there and back: a `WaveOrder`, and what rows packed tightly need."""
-
-    choice: Int[Array, "B"]
-    place: Int[Array, "T K"]
-    group_sizes: Int[Array, "N"]
-    arrival: Int[Array, "M"]
-    departure: Int[Array, "M"]
-    sent: Int[Array, "P"]
-    sent_start: Int[Array, "P"]  # in the send buffer
-    received: Int[Array, "P"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,18 +31,6 @@ class Waves:
     ranks: Ranks
     capacity: int  # C
     ragged: bool
-
-    @property
-    def sent(self) -> Int[Array, "P"]:
-        """Rows for each rank, in all waves."""
-        return self.order.slot_tokens.own.reshape(self.ranks.num_ranks, -1).sum(axis=1)
-
-    @property
-    def received(self) -> Int[Array, "P N"]:
-        """Rows from each rank for each slot of this one, in all waves."""
-        per_rank = self.ranks.slots_per_rank
-        first = jax.lax.axis_index(self.ranks.axis_name) * per_rank
-        return jax.lax.dynamic_slice_in_dim(self.order.slot_tokens.of_all, first, per_rank, axis=1)
 
     def num_waves(self) -> Int[Array, ""]:
         """Waves until the fullest pair of ranks is done; the same on every rank."""
@@ -70,19 +45,13 @@ class Waves:
         if num_ranks == 1 and capacity >= num_choices:
             return self._all_here()
         first = jnp.asarray(index, jnp.int32) * capacity
-        slot_tokens, rank = self.order.slot_tokens, jax.lax.axis_index(self.ranks.axis_name)
-        arrays = (self.order.choice, self.order.place, *slot_tokens, rank, first)
+        arrays = (self.order, jax.lax.axis_index(self.ranks.axis_name), first)
         is_packed = self.ragged or num_ranks == 1
         by_xla = functools.partial(wave_order_by_xla, capacity=capacity, is_packed=is_packed)
         on_gpu = functools.partial(wave_order_by_kernel, capacity=capacity)
-        if is_packed or len(slot_tokens.own) > MAX_SLOTS:
+        if is_packed or len(self.order.slot_tokens.own) > LONGEST:
             on_gpu = by_xla
-        order = jax.lax.platform_dependent(*arrays, cuda=on_gpu, default=by_xla)
-        # Read where rows are packed alone.
-        sent = jnp.clip(self.sent - first, 0, capacity)
-        sent_start = jnp.cumsum(sent, dtype=jnp.int32) - sent
-        received = jnp.clip(self.received.sum(axis=1) - first, 0, capacity)
-        return Wave(**order._asdict(), sent=sent, sent_start=sent_start, received=received)
+        return jax.lax.platform_dependent(*arrays, cuda=on_gpu, default=by_xla)
 
     def send_tokens(self, wave: Wave, rows: Num[Array, "T *width"]) -> Num[Array, "M *width"]:
         """Each choice's row to the rank that holds its slot, in the order of the slots there."""
@@ -99,16 +68,17 @@ class Waves:
         leaving = take_rows(rows, wave.departure)
         if not self.ragged:
             return all_to_all(leaving, self.ranks)
+        sent, sent_start, received = self._packed_runs(wave)
         kept_at = jnp.arange(self.ranks.num_ranks, dtype=jnp.int32) * self.capacity
         # Where each rank wants its rows back, it alone knows.
-        wanted_at = all_to_all(wave.sent_start, self.ranks)
+        wanted_at = all_to_all(sent_start, self.ranks)
         return jax.lax.ragged_all_to_all(
             leaving,
             jnp.zeros_like(leaving, shape=(len(wave.choice), *leaving.shape[1:])),
             kept_at,
-            wave.received,
+            received,
             wanted_at,
-            wave.sent,
+            sent,
             axis_name=self.ranks.axis_name,
         )
 
@@ -117,17 +87,31 @@ class Waves:
             return rows  # in the order of the slots already
         if not self.ragged:
             return take_rows(all_to_all(rows, self.ranks), wave.arrival)
+        sent, sent_start, received = self._packed_runs(wave)
         own_place = jax.lax.axis_index(self.ranks.axis_name) * self.capacity
-        received = jax.lax.ragged_all_to_all(
+        arrived = jax.lax.ragged_all_to_all(
             rows,
             jnp.zeros_like(rows, shape=(len(wave.arrival), *rows.shape[1:])),
-            wave.sent_start,
-            wave.sent,
-            jnp.full_like(wave.sent, own_place),
-            wave.received,
+            sent_start,
+            sent,
+            jnp.full_like(sent, own_place),
+            received,
             axis_name=self.ranks.axis_name,
         )
-        return take_rows(received, wave.arrival)
+        return take_rows(arrived, wave.arrival)
+
+    def _packed_runs(self, wave: Wave) -> tuple[Int[Array, "P"], Int[Array, "P"], Int[Array, "P"]]:
+        """Rows for each rank in the wave, where they begin in the send buffer; rows from each."""
+        num_ranks, per_rank = self.ranks.num_ranks, self.ranks.slots_per_rank
+        own, of_all = self.order.slot_tokens
+        first_slot = jax.lax.axis_index(self.ranks.axis_name) * per_rank
+        from_ranks = jax.lax.dynamic_slice_in_dim(of_all, first_slot, per_rank, axis=1)
+        for_ranks = own.reshape(num_ranks, per_rank)
+        sent, received = (
+            jnp.clip(runs.sum(axis=1) - wave.first, 0, self.capacity)
+            for runs in (for_ranks, from_ranks)
+        )
+        return sent, jnp.cumsum(sent, dtype=jnp.int32) - sent, received
 
     def _all_here(self) -> Wave:
         """The only wave of the only rank: the order by slot is that of the buffers."""
@@ -138,9 +122,7 @@ class Waves:
             order.slot_tokens.own,
             nothing,
             nothing,
-            nothing,
-            nothing,
-            nothing,
+            jnp.int32(0),
         )
 
 

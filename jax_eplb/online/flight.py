@@ -114,7 +114,4 @@ class Flights:
 
 def _laid_out(host: PlacementTables, tables: PlacementTables) -> PlacementTables:
     """Tables in numpy, laid out as others are."""
-    shardings = jax.tree.map(lambda table: table.sharding, tables)
-    if all(sharding.is_fully_addressable for sharding in shardings):
-        return jax.device_put(host, shardings)  # all at once
-    return jax.tree.map(lay_out, host, shardings)
+    return lay_out(host, jax.tree.map(lambda table: table.sharding, tables))

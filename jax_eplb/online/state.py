@@ -127,12 +127,8 @@ def observe(
         )
     counts = counts.astype(np.float32)
     decay = np.float32(config.decay)
-    if (state.capacity == 1).all():
-        imbalance = metrics.imbalance(rank_tokens)
-        computed = rank_tokens.sum(axis=1)
-    else:
-        imbalance = metrics.imbalance(rank_tokens, state.capacity)
-        computed = rank_tokens[:, state.capacity > 0].sum(axis=1)
+    imbalance = metrics.imbalance(rank_tokens, state.capacity)
+    computed = rank_tokens[:, state.capacity > 0].sum(axis=1)
     excess = imbalance * computed / total_speed(state)
     # Iterations without a token say nothing of balance.
     seen = bool(counts.any())
@@ -147,7 +143,7 @@ def observe(
         if seen:
             fading = config.decay * usual + (1 - config.decay) * now
             usual = now if math.isinf(usual) else fading
-    even = float((1 / (1 + imbalance)).mean())  # mean / max, of the same times
+    even = float(metrics.balancedness_from(imbalance))
     return state._replace(
         iteration=state.iteration + 1,
         load=decay * state.load + counts,

@@ -37,10 +37,7 @@ def balanced(expert_tokens: Int[Array, "E"], tables: PlacementTables, ranks: Ran
     Were their floats to differ, a rank would send a few tokens elsewhere than the others expect,
     and none would be lost.
     """
-    counts = expert_tokens[None]
-    if ranks.num_ranks > 1:
-        counts = jax.lax.all_gather(expert_tokens, ranks.axis_name)  # [P, E]
-    shares = balanced_shares(counts, tables, ranks)
+    shares = balanced_shares(ranks.gather(expert_tokens), tables, ranks)
     return SlotTokens(shares[jax.lax.axis_index(ranks.axis_name)], shares)
 
 

@@ -20,11 +20,13 @@ class Ranks(NamedTuple):
     # buffers travel whole: then what one rank sends another should rather be alike for all pairs.
     prefers_near: bool = False
 
+    def gather(self, counts: Int[Array, "M"]) -> Int[Array, "P M"]:
+        """The counts of every rank; inside `shard_map` over the ranks."""
+        return counts[None] if self.num_ranks == 1 else jax.lax.all_gather(counts, self.axis_name)
+
     def tell_all(self, slot_tokens: Int[Array, "S"]) -> "SlotTokens":
         """With what the other ranks send; inside `shard_map` over the ranks."""
-        if self.num_ranks == 1:
-            return SlotTokens(slot_tokens, slot_tokens[None])
-        return SlotTokens(slot_tokens, jax.lax.all_gather(slot_tokens, self.axis_name))
+        return SlotTokens(slot_tokens, self.gather(slot_tokens))
 
 
 class SlotTokens(NamedTuple):

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jax_eplb.kernels import TopKSorted
-from jax_eplb.routing.ranks import SlotTokens
-from jax_eplb.routing.slot_order_kernel import MAX_SLOTS, order_by_kernel
+from jax_eplb.kernels.threads import LONGEST
+from jax_eplb.routing.ranks import Ranks, SlotTokens
+from jax_eplb.routing.slot_order_kernel import order_by_kernel
 from jax_eplb.tables import PlacementTables
 
 
@@ -24,12 +25,12 @@ class SlotOrder(NamedTuple):
     slot_tokens: SlotTokens  # choices of each slot
 
 
-def order_without_replicas(found: TopKSorted, slot_tokens: SlotTokens) -> SlotOrder:
+def order_without_replicas(found: TopKSorted, ranks: Ranks) -> SlotOrder:
     """The order by slot where every expert has one, so that nothing is to be chosen.
 
     The slot of each expert is the `rank_of_expert` by which the choices were sorted.
     """
-    return SlotOrder(found.choice, found.place, slot_tokens)
+    return SlotOrder(found.choice, found.place, ranks.tell_all(found.run_sizes))
 
 
 def order_by_slot(found: TopKSorted, slot_tokens: SlotTokens, tables: PlacementTables) -> SlotOrder:
@@ -41,7 +42,7 @@ def order_by_slot(found: TopKSorted, slot_tokens: SlotTokens, tables: PlacementT
     if found.choice.size == 0:
         return SlotOrder(found.choice, found.place, slot_tokens)
     arrays = found.place, slot_tokens.own, tables.slots_by_expert
-    if slot_tokens.own.size > MAX_SLOTS:
+    if slot_tokens.own.size > LONGEST:
         choice, place = order_by_xla(*arrays)
     else:
         choice, place = jax.lax.platform_dependent(

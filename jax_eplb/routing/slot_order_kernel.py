@@ -12,10 +12,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int
 
-from jax_eplb.kernels.threads import load, power_of_two, wait
+from jax_eplb.kernels.threads import load, power_of_two, segment, wait
 from jax_eplb.kernels.varying import equally_varying
 
-MAX_SLOTS = 4096  # more would not fit the registers of a program
 _CHOICES = 1024  # of a program
 
 
@@ -26,7 +25,7 @@ def order_by_kernel(
     *,
     interpret: bool = False,
 ) -> tuple[Int[Array, "TK"], Int[Array, "T K"]]:
-    """As `order_by_xla`, for S up to `MAX_SLOTS`."""
+    """As `order_by_xla`, for S up to `LONGEST`."""
     inputs = equally_varying((place.reshape(-1), slot_tokens, slots_by_expert))
     varying = {"manual_axis_type": jax.typeof(inputs[0]).manual_axis_type}
     choices = jax.ShapeDtypeStruct((place.size,), jnp.int32, **varying)
@@ -75,12 +74,7 @@ def _kernel(
     real, total = choice < num_choices, sizes.sum(dtype=jnp.int32)
     place = plgpu.load(place_ref.at[choice], mask=real, other=num_choices)
     served = real & (place < total)
-    run = jnp.zeros_like(choice)  # how many runs end at the place or before
-    step = power_of_two(num_slots)
-    while step := step // 2:
-        last = run + (step - 1)
-        inside = served & (last < num_slots)
-        run = run + jnp.where(inside & (load(run_end_ref, last, inside) <= place), step, 0)
+    run = segment(run_end_ref, place, served, 0, num_slots)
     moved = jnp.where(served, place + load(shift_ref, run, served), num_choices)
     plgpu.store(moved_ref.at[choice], moved, mask=real)
     plgpu.store(choice_ref.at[moved], choice, mask=served)

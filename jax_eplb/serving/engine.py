@@ -155,8 +155,7 @@ class Engine:
 
     def _tables_of(self, placement: Placement) -> PlacementTables:
         tables = placement.tables(with_leveling=self.moe.needs_leveling)
-        everywhere = NamedSharding(self.mesh, P())
-        return jax.tree.map(lambda table: lay_out(np.asarray(table), everywhere), tables)
+        return lay_out(jax.tree.map(np.asarray, tables), NamedSharding(self.mesh, P()))
 
     def recorder(self, start: int = 0, stop: int | None = None) -> Recorder:
         """A recorder for this model, and for its placement unless that may change."""
