@@ -31,8 +31,10 @@ from jax_eplb.moe.forward import MoEParams
 from jax_eplb.placement import Placement
 
 _LAYERS, _MORE_SLOTS = 4, 2  # slots more on each rank
-_VARIANTS = (("contiguous", "even", 0), ("even", "even", _MORE_SLOTS))
-_VARIANTS += (("balanced", "balanced", _MORE_SLOTS),)
+_VARIANTS = (
+    ("contiguous", "even", 0),
+    *((choice, choice, _MORE_SLOTS) for choice in ("even", "balanced", "fewest")),
+)
 COLUMNS = [
     Column("shape", "layers of"),
     Column("variant", "replica choice"),

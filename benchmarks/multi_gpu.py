@@ -89,6 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ranks", type=int, metavar="P", help="devices (all)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--recordings", nargs="+", default=[], metavar="FILE.npz")
+    parser.add_argument(
+        "--tokens", nargs="+", type=int, metavar="T", help="of a rank (8192 and 128; small: 64, 8)"
+    )
     parser.add_argument("--windows", type=int, default=3, help="batches of each recording (3)")
     parser.add_argument("--effort", choices=EFFORTS, default="default", help="of the planner")
     parser.add_argument("--layers", type=int, default=8, help="in a stack (8)")
@@ -123,7 +126,7 @@ def _parts(arguments: argparse.Namespace, mesh: Mesh) -> dict[str, Callable[[], 
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     scaled = small if on_cpu or arguments.small else lambda shape: shape
     shapes = [scaled(shape) for shape in SHAPES]
-    batches = (64, 8) if on_cpu or arguments.small else (8192, 128)
+    batches = arguments.tokens or ((64, 8) if on_cpu or arguments.small else (8192, 128))
     common: dict[str, Any] = {
         "dtype": jnp.float32 if on_cpu else jnp.bfloat16,
         "rounds": arguments.rounds,

@@ -27,6 +27,7 @@ from benchmarks.progress import say
 from benchmarks.replayed_routing import Replay, count_ids, routers, tokens_for
 from benchmarks.tables import Column, Table
 from benchmarks.timing import in_turn
+from jax_eplb.moe.config import MoEConfig
 from jax_eplb.moe.forward import MoEParams
 from jax_eplb.placement import Placement, fewest_slots
 from jax_eplb.planner import plan
@@ -34,6 +35,8 @@ from jax_eplb.tables import PlacementTables
 
 _SEED = 20261127
 _LAYERS = 4  # of the recording, evenly spaced
+_MORE_SLOTS = 2  # on each rank than without replicas
+_FEW = 2048  # tokens of a rank; with more, `fewest` is `even`
 COLUMNS = [
     Column("recording", "recording"),
     Column("shape", "layers of"),
@@ -50,22 +53,26 @@ class Variant(NamedTuple):
     """A placement with a way to divide tokens among replicas."""
 
     name: str
-    split: str | None  # that the plan is made for; None: the contiguous placement
-    replicas_per_rank: int
+    choice: str | None = None  # of replicas; None: the contiguous placement, without any
+    ahead: bool = False  # planned from what is then routed, not from what came before
     uniform: bool = False  # routing without skew, as a bound
 
 
+CONTIGUOUS, UNIFORM = Variant("contiguous"), Variant("uniform routing", uniform=True)
 VARIANTS = (
-    Variant("contiguous", None, 0),
-    Variant("planned, even", "even", 2),
-    Variant("planned, balanced", "balanced", 2),
-    Variant("uniform routing", None, 0, uniform=True),
+    CONTIGUOUS,
+    Variant("planned, even", "even"),
+    Variant("planned, balanced", "balanced"),
+    Variant("planned, fewest", "fewest"),
+    Variant("planned ahead, balanced", "balanced", ahead=True),
+    UNIFORM,
 )
 
 
 class Prepared(NamedTuple):
-    """A variant's layers on the mesh."""
+    """A variant's layers on the mesh; those of one config share steps and parameters."""
 
+    config: MoEConfig
     step: Callable
     params: MoEParams
     tables: PlacementTables
@@ -97,19 +104,17 @@ def measure_balancing(
         shape = shapes[replay.num_experts]._replace(top_k=replay.top_k)
         chosen = np.linspace(0, replay.counts.shape[1] - 1, _LAYERS).round().astype(int)
         kept = routers(_LAYERS, shape.embed, shape.experts)
-        placed = [variant for variant in VARIANTS if not variant.uniform]
         say(f"{replay.name}: planning")
-        with ThreadPoolExecutor() as pool:  # planners are compiled
-            prepare = functools.partial(_prepare, replay, chosen, shape, mesh, kept, effort, dtype)
-            prepared = dict(zip(placed, pool.map(prepare, placed), strict=True))
+        prepared = _prepare(replay, chosen, shape, mesh, kept, effort, dtype)
         for num_tokens in batches:
             total = num_tokens * mesh.shape[AXIS]
+            variants = [v for v in VARIANTS if v.choice != "fewest" or num_tokens <= _FEW]
             uniform = _batch(replay.uniform(_LAYERS, total), kept, mesh, dtype)
             say(f"{replay.name}: compiling for {num_tokens} tokens")
             compiled = compile_all(
                 {
-                    variant: (found.step, (found.params, found.tables, uniform.tokens))
-                    for variant, found in prepared.items()
+                    found.config: (found.step, (found.params, found.tables, uniform.tokens))
+                    for found in (prepared[variant] for variant in variants)
                 }
             )
             times = []
@@ -117,37 +122,48 @@ def measure_balancing(
                 say(f"{replay.name}: window {window + 1} of {windows}")
                 skewed = _batch(replay.batch(chosen, total, window, windows), kept, mesh, dtype)
                 calls, imbalance = {}, {}
-                for variant in VARIANTS:
-                    where = placed[0] if variant.uniform else variant
+                for variant in variants:
+                    config, _, params, tables = prepared[variant]
                     ids, tokens = uniform if variant.uniform else skewed
-                    _, params, tables = prepared[where]
-                    call = functools.partial(compiled[where], params, tables, tokens)
+                    call = functools.partial(compiled[config], params, tables, tokens)
                     imbalance[variant] = _imbalance(call(), ids, f"{replay.name}, {variant.name}")
                     calls[variant] = functools.partial(burst_ms, call, bursts=1)
                 found = in_turn(calls, rounds)
-                each = {v: (found[v].median_ms or 0.0) / _LAYERS for v in VARIANTS}
-                times.append({v: (each[v], imbalance[v]) for v in VARIANTS})
+                each = {v: (found[v].median_ms or 0.0) / _LAYERS for v in variants}
+                times.append({v: (each[v], imbalance[v]) for v in variants})
             yield from _rows(replay, shape, num_tokens, times)
 
 
 def _prepare(
-    replay: Replay, chosen, shape: Shape, mesh: Mesh, kept, effort: str, dtype, variant: Variant
-) -> Prepared:
+    replay: Replay, chosen, shape: Shape, mesh: Mesh, kept, effort: str, dtype
+) -> dict[Variant, Prepared]:
     num_ranks = mesh.shape[AXIS]
-    num_slots = fewest_slots(shape.experts + variant.replicas_per_rank * num_ranks, num_ranks)
-    if variant.split is None:
-        placement = Placement.default(
-            num_experts=shape.experts, num_ranks=num_ranks, num_layers=_LAYERS, num_slots=num_slots
-        )
-    else:
-        seen = replay.counts[: len(replay.counts) // 2, chosen]
+
+    def place(variant: Variant) -> Placement:
+        more = 0 if variant.choice is None else _MORE_SLOTS * num_ranks
+        num_slots = fewest_slots(shape.experts + more, num_ranks)
+        if variant.choice is None:
+            sizes = {"num_experts": shape.experts, "num_ranks": num_ranks, "num_slots": num_slots}
+            return Placement.default(num_layers=_LAYERS, **sizes)
+        half = len(replay.counts) // 2
+        seen = replay.counts[half:] if variant.ahead else replay.counts[:half]
+        split = "even" if variant.choice == "even" else "balanced"
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            planned = plan(seen, num_slots, num_ranks, split=variant.split, effort=effort)
-        placement = planned.placement
-    choice = "balanced" if variant.split == "balanced" else "even"
-    config = shape.config(num_slots, num_ranks, replica_choice=choice)
-    params = make_params(shape, config, mesh, _LAYERS, dtype, kept)
-    return Prepared(separate_layers(config, mesh), params, place_tables(placement, config, mesh))
+            planned = plan(seen[:, chosen], num_slots, num_ranks, split=split, effort=effort)
+        return planned.placement
+
+    with ThreadPoolExecutor() as pool:  # planners are compiled
+        placements = dict(zip(VARIANTS, pool.map(place, VARIANTS), strict=True))
+    prepared, shared = {}, {}
+    for variant, placement in placements.items():
+        choice = variant.choice or "even"
+        config = shape.config(placement.num_slots, num_ranks, replica_choice=choice)
+        if config not in shared:
+            params = make_params(shape, config, mesh, _LAYERS, dtype, kept)
+            shared[config] = separate_layers(config, mesh), params
+        tables = place_tables(placement, config, mesh)
+        prepared[variant] = Prepared(config, *shared[config], tables)
+    return prepared
 
 
 def _batch(ids: np.ndarray, kept: np.ndarray, mesh: Mesh, dtype) -> Batch:
@@ -193,8 +209,8 @@ def _read(x: jax.Array) -> np.ndarray:
 
 
 def _rows(replay: Replay, shape: Shape, num_tokens: int, times: list[dict]) -> Iterator[dict]:
-    mean = {v: np.mean([each[v] for each in times], axis=0) for v in VARIANTS}
-    contiguous, perfect = mean[VARIANTS[0]][0], mean[VARIANTS[-1]][0]
+    mean = {v: np.mean([each[v] for each in times], axis=0) for v in times[0]}
+    contiguous, perfect = mean[CONTIGUOUS][0], mean[UNIFORM][0]
     for variant, (ms, imbalance) in mean.items():
         gain = contiguous - perfect
         yield {
@@ -211,9 +227,9 @@ def _rows(replay: Replay, shape: Shape, num_tokens: int, times: list[dict]) -> I
 
 def balancing_table(rows: list[dict]) -> Table:
     notes = [
-        "Planned from the recording's first half, timed on batches of its second half, "
-        f"{VARIANTS[1].replicas_per_rank} replicas more on each rank. Imbalance is (max - mean) / "
-        "mean of the ranks' tokens. Of the perfect gain: what was saved over what uniform routing "
+        "Planned from the recording's first half, or, ahead, from the second; timed on batches of "
+        f"the second. {_MORE_SLOTS} replicas more on each rank. Imbalance is (max - mean) / mean "
+        "of the ranks' tokens. Of the perfect gain: what was saved over what uniform routing "
         "saves.",
     ]
     return Table("A layer's time with routing of recordings", COLUMNS, rows, notes)

@@ -138,10 +138,11 @@ def _add_run(commands) -> None:
     )
     parser.add_argument(
         "--replica-choice",
-        choices=("even", "local", "balanced"),
+        choices=("even", "local", "balanced", "fewest", "auto"),
         help="how tokens are divided among an expert's replicas: in turn (the default), to the "
-        "nearest, or so that the fullest rank is lightest (plan for it with --split balanced; the "
-        "default where the placement follows the load)",
+        "nearest, so that the fullest rank is lightest (plan for it with --split balanced; the "
+        "default where the placement follows the load), among as few as their number is worth, or "
+        "by the size of the batch: few for a small one, else balanced (--split balanced, too)",
     )
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument(

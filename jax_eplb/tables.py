@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jax_eplb.homes import home_slots
+
 
 def max_replicas(num_experts: int, num_slots: int, num_ranks: int) -> int:
     """The bound R on the replicas of one expert, from the sizes alone.
@@ -39,7 +41,9 @@ class PlacementTables(NamedTuple):
     slots_by_expert: Int[Array, "L S"]
     expert_to_slots: Int[Array, "L E R"]  # ascending; S past an expert's last replica
     replica_count: Int[Array, "L E"]
-    replica_index: Int[Array, "L S"]  # which of its expert's slots, ascending, each slot is
+    # Which of its expert's slots each slot is, ascending from its home, which is 0, and on from the
+    # lowest.
+    replica_index: Int[Array, "L S"]
     # The slots of experts that have several, as they stand in `slots_by_expert`; S past the last.
     replicated_slots: Int[Array, "L J"]
     # Of `leveling_operator`, for the replica choice `balanced`; "L 0 0" where it was not asked for.
@@ -125,6 +129,12 @@ def derive_tables(
         own = first.at[experts[order]].get(mode="fill", fill_value=num_slots)  # of empty slots, too
         index = jnp.maximum(jnp.arange(num_slots, dtype=jnp.int32) - own, 0)
         index = jnp.zeros(num_slots, jnp.int32).at[order].set(index, unique_indices=True)
+        # Not the lowest slots of all to begin with, which would be on the first ranks.
+        any_replica = jnp.arange(num_experts, dtype=jnp.int32) % jnp.maximum(count, 1)
+        start = jnp.take_along_axis(slots, any_replica[:, None], axis=1)[:, 0]
+        home = home_slots(experts, start.astype(jnp.int32), num_ranks)
+        from_home = index - index[home].at[experts].get(mode="fill", fill_value=0)
+        index = jnp.where(from_home < 0, from_home + count.at[experts].get(mode="clip"), from_home)
         several = count.at[experts[order]].get(mode="fill", fill_value=0) > 1
         num_places = max_replicated_slots(num_experts, num_slots)
         place = jnp.where(several, jnp.cumsum(several) - 1, num_places)

@@ -29,7 +29,13 @@ def few(batch: Batch) -> Batch:
 @given(batches)
 def test_choices_are_dealt_in_turn_from_a_replica_that_the_rank_sets(batch):
     batch = few(batch)
-    expected = dealt_one_by_one(batch, lambda _, expert: np.flatnonzero(batch.table == expert))
+    turn = np.asarray(batch.tables.replica_index)
+
+    def slots_in_turn(_, expert):
+        slots = np.flatnonzero(batch.table == expert)
+        return slots[turn[slots].argsort()]
+
+    expected = dealt_one_by_one(batch, slots_in_turn)
     np.testing.assert_array_equal(shares(compiled(even_share), batch), expected)
 
 

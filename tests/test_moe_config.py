@@ -3,7 +3,7 @@ import re
 import pytest
 
 from jax_eplb import MoEConfig
-from jax_eplb.routing import RouterConfig
+from jax_eplb.routing import POLICIES, RouterConfig
 
 
 def config(**changed):
@@ -40,6 +40,15 @@ def test_a_faulty_size_is_refused(changed, message):
         config(**changed)
 
 
+def test_small_batches_read_few_replicas_and_large_ones_are_balanced():
+    auto = config(replica_choice="auto")
+    assert auto.needs_leveling
+    # 4 ranks of T tokens, two of 8 experts each: T choices of the mean expert.
+    assert auto.policy(128) is POLICIES["fewest"]
+    assert auto.policy(129) is POLICIES["balanced"]
+    assert config(replica_choice="local").policy(1) is POLICIES["local"]
+
+
 def test_equal_configs_are_one_key():
     assert {config(): 1}[config()] == 1
     assert config().slots_per_rank == 3
@@ -48,8 +57,9 @@ def test_equal_configs_are_one_key():
 def test_without_a_cap_one_wave_takes_all_that_one_rank_could_get():
     # 12 slots on 4 ranks: both choices of every token can go to one rank.
     assert config().exchange_sizes(32) == ("waves", (64,), False)
-    # Twice the even share is tried first where that is less.
-    assert config().exchange_sizes(1024).capacities == (2 * 1024 * 2 // 4, 1024 * 2)
+    # Twice the even share is tried first where that is less, and enough less to be worth asking.
+    assert config(embed_dim=2048).exchange_sizes(1024).capacities == (2 * 1024 * 2 // 4, 1024 * 2)
+    assert config(embed_dim=512).exchange_sizes(1024).capacities == (1024 * 2,)
     large = config().exchange_sizes(4096)  # 2048 rows for each pair of ranks
     assert large == ("waves", (2304, 2560, 3072, 4096, 8192), False)
     assert config(exchange="ragged").exchange_sizes(4096) == ("ragged", (4096 * 2,), False)

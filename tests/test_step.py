@@ -46,7 +46,7 @@ def step(
 ):
     """(state, next tokens [P·B], counts by expert [1, L, E]) as numpy."""
     columns: Any = [np.array(x, np.int32) for x in (positions, lengths, seats, seeds)]
-    out = run_step(*model(), old_state(), prompts, Rows(*columns), np.float32(temperature))
+    out = run_step(*model(), old_state(), prompts, np.stack(Rows(*columns)), np.float32(temperature))
     return jax.tree.map(np.asarray, out[:3])
 
 

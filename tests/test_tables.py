@@ -39,7 +39,10 @@ def test_the_tables_are_what_numpy_derives(drawn, seed):
     np.testing.assert_array_equal(tables.expert_to_slots, expected)
     np.testing.assert_array_equal(tables.replica_count, (expected < slots).sum(axis=2))
     for row, slots_of, index in zip(table, expected, tables.replica_index, strict=True):
-        np.testing.assert_array_equal(slots_of[row, index], np.arange(slots))
+        for expert, held in enumerate(slots_of):
+            held, turn = held[held < slots], index[row == expert]
+            assert turn.argmin() == -turn[0] % len(held)  # the home
+            np.testing.assert_array_equal(turn, (np.arange(len(held)) + turn[0]) % len(held))
 
 
 @pytest.mark.parametrize("num_slots", [20, 10])  # without replicas some tables have no entries

@@ -6,11 +6,15 @@ import math
 from jax_eplb.kernels import activation_named, check_implementation
 from jax_eplb.moe.exchange import IMPLEMENTATIONS, ExchangeSizes
 from jax_eplb.placement import check_sizes
-from jax_eplb.routing import POLICIES, Ranks, RouterConfig
+from jax_eplb.routing import POLICIES, REPLICA_CHOICES, Ranks, ReplicaChoice, RouterConfig
+from jax_eplb.routing.fewest import WORTH_READING
 
 # Rows that a rank sends another, in even shares. Chance moves a large share by less than an eighth,
 # at four standard deviations; what domains move it by, the others nearly always cover.
 _LARGE_SHARE, _BUFFERS_OF_LARGE, _BUFFERS = 1024, (1.125, 1.25, 1.5, 2.0), (2.0,)
+# To choose a buffer the host waits for the device, which takes a small batch longer than to send so
+# many numbers more.
+_WORTH_WAITING = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +37,8 @@ class MoEConfig:
     expert_biases: bool = False
     shared_hidden_dim: int = 0  # of the shared expert that serves every token; 0: none
     shared_gate: bool = False  # the shared expert counts as much as a sigmoid gate says
-    replica_choice: str = "even"  # a name of routing.POLICIES
+    # A name of routing.POLICIES, or "auto": "balanced" for large batches, "fewest" for small ones.
+    replica_choice: str = "even"
     ranks_per_node: int | None = None  # None: all on one node
     exchange: str = "waves"  # or "all_gather", for few ranks; "ragged", on GPUs
     moe_max_num_tokens: int | None = None
@@ -46,7 +51,7 @@ class MoEConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         self.router.check_sizes(self.num_experts, self.experts_per_token)
         activation_named(self.activation)
-        for name, known in (("replica_choice", POLICIES), ("exchange", IMPLEMENTATIONS)):
+        for name, known in (("replica_choice", REPLICA_CHOICES), ("exchange", IMPLEMENTATIONS)):
             if getattr(self, name) not in known:
                 choices = ", ".join(known)
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; use one of {choices}")
@@ -74,7 +79,16 @@ class MoEConfig:
     @property
     def needs_leveling(self) -> bool:
         """Whether `Placement.tables` must derive what divides a batch by its counts."""
-        return self.replica_choice == "balanced"
+        return self.replica_choice in ("balanced", "auto")
+
+    def policy(self, num_tokens: int) -> ReplicaChoice:
+        """What divides a batch of T tokens a rank among replicas."""
+        if self.replica_choice != "auto":
+            return POLICIES[self.replica_choice]
+        choices = num_tokens * self.num_ranks * self.experts_per_token
+        # Half of that for the mean expert, as others have more.
+        few = choices <= WORTH_READING // 2 * self.num_experts
+        return POLICIES["fewest" if few else "balanced"]
 
     @property
     def gate_up_dim(self) -> int:
@@ -105,8 +119,12 @@ class MoEConfig:
         # Buffers travel whole, so a large batch tries snug ones first. Where none does, all of it
         # goes at once.
         share = num_tokens * self.experts_per_token / self.num_ranks
-        buffers = _BUFFERS_OF_LARGE if share >= _LARGE_SHARE else _BUFFERS
+        large = share >= _LARGE_SHARE
+        buffers = _BUFFERS_OF_LARGE if large else _BUFFERS
         sizes = [max(64, math.ceil(shares * share)) for shares in buffers]
+        saved = (whole - sizes[0]) * self.num_ranks * self.embed_dim
+        if not large and saved <= _WORTH_WAITING:
+            sizes = []
         capacities = (*(size for size in sizes if size < whole), whole)
         return ExchangeSizes(self.exchange, capacities, in_waves=False)
 

@@ -21,7 +21,7 @@ from jax_eplb.moe.feed_forward import (
     expert_feed_forward,
     shared_feed_forward,
 )
-from jax_eplb.routing import POLICIES, order_by_slot, order_without_replicas, route_and_sort
+from jax_eplb.routing import order_by_slot, order_without_replicas, route_and_sort
 from jax_eplb.tables import PlacementTables
 
 
@@ -84,7 +84,7 @@ def moe_forward(
     if one_slot_each:
         order = order_without_replicas(found, ranks)
     else:
-        slot_tokens = POLICIES[config.replica_choice](expert_tokens, tables, ranks)
+        slot_tokens = config.policy(len(tokens))(expert_tokens, tables, ranks)
         order = order_by_slot(found, slot_tokens, tables)
 
     experts = _flat(params.experts)

@@ -1,7 +1,12 @@
 """Router scores to experts, and experts to the slots of their replicas."""
 
+from collections.abc import Callable
+
+from jaxtyping import Array, Int
+
 from jax_eplb.routing.balanced import balanced as balanced
 from jax_eplb.routing.even import even as even
+from jax_eplb.routing.fewest import fewest as fewest
 from jax_eplb.routing.local import local as local
 from jax_eplb.routing.losses import balance as balance
 from jax_eplb.routing.losses import load_balancing_loss as load_balancing_loss
@@ -21,6 +26,10 @@ from jax_eplb.routing.slot_order import SlotOrder as SlotOrder
 from jax_eplb.routing.slot_order import order_by_slot as order_by_slot
 from jax_eplb.routing.slot_order import order_without_replicas as order_without_replicas
 from jax_eplb.routing.slot_order import segment_of as segment_of
+from jax_eplb.tables import PlacementTables
 
+ReplicaChoice = Callable[[Int[Array, "E"], PlacementTables, Ranks], SlotTokens]
 # How many choices go to each slot.
-POLICIES = {"even": even, "local": local, "balanced": balanced}
+POLICIES: dict[str, ReplicaChoice] = {"even": even, "local": local, "balanced": balanced, "fewest": fewest}
+# By the size of the batch: `fewest` or `balanced`.
+REPLICA_CHOICES = (*POLICIES, "auto")

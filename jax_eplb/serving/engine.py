@@ -40,7 +40,7 @@ class ServingConfig:
     max_prompts_per_step: int | None = None  # None: half of max_batch_size
     max_length: int = 256  # positions of a sequence in the cache
     moe_max_num_tokens: int | None = None
-    replica_choice: str = "even"  # "local" or "balanced": how tokens are divided among replicas
+    replica_choice: str = "even"  # how tokens are divided among replicas; as in MoEConfig
     temperature: float = 0.0  # 0: the likeliest token
 
     def __post_init__(self):
@@ -57,8 +57,8 @@ class ServingConfig:
 
     @property
     def split(self) -> str:
-        """What plans are made for: "balanced" for the replica choice of that name, else "even"."""
-        return "balanced" if self.replica_choice == "balanced" else "even"
+        """What plans are made for: "balanced" where replicas are chosen so, else "even"."""
+        return "balanced" if self.replica_choice in ("balanced", "auto") else "even"
 
     @property
     def prompt_rows(self) -> int:
@@ -280,13 +280,14 @@ class Engine:
                 )
 
     def _launch(self, plan: StepPlan):
-        spread = NamedSharding(self.mesh, P(AXIS))
+        def put(x, *spec):
+            return lay_out(x, NamedSharding(self.mesh, P(*spec, AXIS)))
 
-        def put(x):
-            return lay_out(x.reshape(-1, *x.shape[2:]), spread)
-
-        rows = Rows(*(put(x) for x in (plan.positions, plan.lengths, plan.seats, plan.seeds)))
-        prompts = None if plan.prompts is None else put(plan.prompts)
+        rows = Rows(plan.positions, plan.lengths, plan.seats, plan.seeds)
+        rows = put(np.stack([x.reshape(-1) for x in rows]), None)
+        prompts = plan.prompts
+        if prompts is not None:
+            prompts = put(prompts.reshape(-1, prompts.shape[-1]))
         self._state, *seen = run_step(
             self._statics,
             self._params,

@@ -30,12 +30,12 @@ class State(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """One step's rows on the device, [P·B]."""
+    """One step's rows, [P·B], or those of a rank; to `run_step` they go as one array [4, P·B]."""
 
-    positions: Int[Array, "P*B"]
-    lengths: Int[Array, "P*B"]
-    seats: Int[Array, "P*B"]
-    seeds: Int[Array, "P*B"]
+    positions: Int[Array, "B"]
+    lengths: Int[Array, "B"]
+    seats: Int[Array, "B"]
+    seeds: Int[Array, "B"]
 
 
 class Statics(NamedTuple):
@@ -54,7 +54,7 @@ def run_step(
     tables: PlacementTables,
     state: State,
     prompts: Int[Array, "P*B T"] | None,  # None: each seat's last token
-    rows: Rows,
+    rows: Int[Array, "4 P*B"],  # as `Rows` has them
     temperature,
 ):
     """One iteration on all ranks: the new state, the next tokens [P·B], and both counts.
@@ -63,8 +63,8 @@ def run_step(
     the host reads them from one. Over several processes each gets all tokens, too.
     """
     rank: Any = P(AXIS)
-    cache: Any = P(None, AXIS)
-    state_specs = State(Cache(cache, cache), rank)
+    second: Any = P(None, AXIS)
+    state_specs = State(Cache(second, second), rank)
     run = jax.shard_map(
         functools.partial(_local_step, statics),
         mesh=statics.mesh,
@@ -73,7 +73,7 @@ def run_step(
             P(),
             state_specs,
             None if prompts is None else rank,
-            rank,
+            second,
             P(),
         ),
         out_specs=(state_specs, rank, P(), P()),
@@ -87,6 +87,7 @@ def run_step(
 
 def _local_step(statics, params, tables, state, prompts, rows, temperature):
     """This rank's part of a step."""
+    rows = Rows(*rows)
     tokens = state.last_tokens[rows.seats][:, None] if prompts is None else prompts
     offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     batch = Batch(
