@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -25,6 +26,7 @@ from jax_eplb.tables import PlacementTables
 
 AXIS = "expert"
 _SEED = 20261126
+_MEMORY = 0.85  # of a device, for experts
 
 
 class Shape(NamedTuple):
@@ -67,6 +69,17 @@ def usable_exchanges() -> tuple[str, ...]:
     """
     ragged = jax.default_backend() != "cpu" and jax.process_count() == 1
     return tuple(name for name in IMPLEMENTATIONS if ragged or name != "ragged")
+
+
+def layers_that_fit(shape: Shape, num_slots: int, num_layers: int, mesh: Mesh, dtype) -> int:
+    """As many of the layers as the devices have memory for, beside a copy of one; at least one."""
+    limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
+    if limit is None:
+        return num_layers
+    of_layer = num_slots // mesh.size * shape.expert_bytes(dtype)
+    fitting = min(num_layers, max(1, int(_MEMORY * limit / of_layer) - 1))
+    # Processes may see a little more memory or less.
+    return int(multihost_utils.broadcast_one_to_all(np.int32(fitting)))
 
 
 def make_params(

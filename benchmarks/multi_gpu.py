@@ -94,7 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--windows", type=int, default=3, help="batches of each recording (3)")
     parser.add_argument("--effort", choices=EFFORTS, default="default", help="of the planner")
-    parser.add_argument("--layers", type=int, default=8, help="in a stack (8)")
+    parser.add_argument(
+        "--layers", type=int, default=8, help="in a stack (8; fewer if memory asks)"
+    )
     parser.add_argument("--placements", type=int, default=200, help="that are checked (200)")
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each (5)")
     parser.add_argument(

@@ -143,8 +143,12 @@ def _prepare(
         more = 0 if variant.choice is None else _MORE_SLOTS * num_ranks
         num_slots = fewest_slots(shape.experts + more, num_ranks)
         if variant.choice is None:
-            sizes = {"num_experts": shape.experts, "num_ranks": num_ranks, "num_slots": num_slots}
-            return Placement.default(num_layers=_LAYERS, **sizes)
+            return Placement.default(
+                num_experts=shape.experts,
+                num_ranks=num_ranks,
+                num_layers=_LAYERS,
+                num_slots=num_slots,
+            )
         half = len(replay.counts) // 2
         seen = replay.counts[half:] if variant.ahead else replay.counts[:half]
         split = "even" if variant.choice == "even" else "balanced"
@@ -162,7 +166,8 @@ def _prepare(
             params = make_params(shape, config, mesh, _LAYERS, dtype, kept)
             shared[config] = separate_layers(config, mesh), params
         tables = place_tables(placement, config, mesh)
-        prepared[variant] = Prepared(config, *shared[config], tables)
+        step, params = shared[config]
+        prepared[variant] = Prepared(config, step, params, tables)
     return prepared
 
 

@@ -17,6 +17,7 @@ from benchmarks.layer_stack import (
     AXIS,
     Shape,
     draw_tokens,
+    layers_that_fit,
     make_params,
     place_tables,
     stack_step,
@@ -38,6 +39,7 @@ COLUMNS = [
     Column("gigabytes_per_second", "GB/s", 0),
     Column("of_link", "of the link", 2),
     Column("layer_ms", "one layer ms", 3),
+    Column("layers", "in the stack", 0),
     Column("stack_ms", "stack, ms a layer", 3),
     Column("memory_mib", "memory MiB", 0),
 ]
@@ -58,10 +60,11 @@ def measure_exchange(
     for shape in shapes:
         num_slots = fewest_slots(shape.experts, num_ranks)
         plain = shape.config(num_slots, num_ranks)
+        layers = layers_that_fit(shape, num_slots, num_layers, mesh, dtype)
         placement = Placement.default(
-            num_experts=shape.experts, num_ranks=num_ranks, num_layers=num_layers
+            num_experts=shape.experts, num_ranks=num_ranks, num_layers=layers
         )
-        params = make_params(shape, plain, mesh, num_layers, dtype)
+        params = make_params(shape, plain, mesh, layers, dtype)
         tables = place_tables(placement, plain, mesh)
         for num_tokens in batches:
             say(f"exchange, {shape.name}, {num_tokens} tokens")

@@ -17,6 +17,7 @@ from benchmarks.layer_stack import (
     AXIS,
     Shape,
     draw_tokens,
+    layers_that_fit,
     make_params,
     place_tables,
     stack_step,
@@ -63,15 +64,16 @@ def measure_moves(
     for shape in shapes:
         num_slots = fewest_slots(shape.experts + num_ranks, num_ranks)
         config = shape.config(num_slots, num_ranks)
+        stack = layers_that_fit(shape, num_slots, num_layers, mesh, dtype)
         placement = Placement.default(
             num_experts=shape.experts,
             num_ranks=num_ranks,
-            num_layers=num_layers,
+            num_layers=stack,
             num_slots=num_slots,
         )
         table = np.asarray(placement.slot_to_expert)
         say(f"moves, {shape.name}")
-        params = make_params(shape, config, mesh, num_layers, dtype)
+        params = make_params(shape, config, mesh, stack, dtype)
         most = min(_MOST_SLOTS, config.slots_per_rank)
         prepare_moves(params, most)
         for slots in sorted({1, most}):
@@ -100,7 +102,7 @@ def measure_moves(
         step = stack_step(config, mesh)
         for num_tokens in batches:
             tokens = draw_tokens(shape, num_ranks * num_tokens, mesh, dtype)
-            for layers in (n for n in _LAYERS_AT_ONCE if n <= num_layers):
+            for layers in (n for n in _LAYERS_AT_ONCE if n <= stack):
                 cycle = _cycle(placement, layers, config, mesh)
                 # Warm: the first round fills the caches of everything that is dispatched.
                 params, _ = _steps(step, params, tokens, cycle, len(cycle), moving=True)

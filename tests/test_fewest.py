@@ -31,9 +31,7 @@ def test_with_many_tokens_it_is_even():
     table = np.array([0, 1, 2, 0, 1, 3])
     counts = np.full((2, 4), 2 * WORTH_READING + 1)
     batch = Batch(counts, table, Ranks("expert", 2, 3))
-    np.testing.assert_array_equal(
-        fewest(counts, batch.tables), shares(compiled(even_share), batch)
-    )
+    np.testing.assert_array_equal(fewest(counts, batch.tables), shares(compiled(even_share), batch))
 
 
 def test_few_tokens_read_as_many_experts_on_every_rank():

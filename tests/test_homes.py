@@ -45,9 +45,7 @@ def test_homes_are_as_even_as_any_choice_makes_them(seed):
     experts, slots, ranks = 8, 12, 4
     row = random_table(np.random.default_rng(seed), 1, experts, slots, ranks)[0]
     held = [np.flatnonzero(row == expert) for expert in range(experts)]
-    best = min(
-        homes_of_ranks(choice, slots, ranks).max() for choice in itertools.product(*held)
-    )
+    best = min(homes_of_ranks(choice, slots, ranks).max() for choice in itertools.product(*held))
     start = np.array([slots_of[0] for slots_of in held], np.int32)
     home = compiled(ranks)(row.astype(np.int32), start)
     assert homes_of_ranks(home, slots, ranks).max() <= best + 1

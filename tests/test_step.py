@@ -10,7 +10,7 @@ import pytest
 
 from jax_eplb import expert_mesh
 from jax_eplb.models import Cache, parameters
-from jax_eplb.serving.step import AXIS, Rows, State, Statics, run_step
+from jax_eplb.serving.step import AXIS, State, Statics, run_step
 from tests.small_decoder import Runner, default_placement
 from tests.tiny_model import CONFIG, tiny_decoder
 
@@ -45,8 +45,8 @@ def step(
     prompts, lengths, *, positions=(0,) * 4, seats=(0, 1) * 2, seeds=(0,) * 4, temperature=0.0
 ):
     """(state, next tokens [P·B], counts by expert [1, L, E]) as numpy."""
-    columns: Any = [np.array(x, np.int32) for x in (positions, lengths, seats, seeds)]
-    out = run_step(*model(), old_state(), prompts, np.stack(Rows(*columns)), np.float32(temperature))
+    rows = np.array([positions, lengths, seats, seeds], np.int32)
+    out = run_step(*model(), old_state(), prompts, rows, np.float32(temperature))
     return jax.tree.map(np.asarray, out[:3])
 
 

@@ -30,6 +30,11 @@ from jax_eplb.tables import PlacementTables
 
 ReplicaChoice = Callable[[Int[Array, "E"], PlacementTables, Ranks], SlotTokens]
 # How many choices go to each slot.
-POLICIES: dict[str, ReplicaChoice] = {"even": even, "local": local, "balanced": balanced, "fewest": fewest}
+POLICIES: dict[str, ReplicaChoice] = {
+    "even": even,
+    "local": local,
+    "balanced": balanced,
+    "fewest": fewest,
+}
 # By the size of the batch: `fewest` or `balanced`.
 REPLICA_CHOICES = (*POLICIES, "auto")

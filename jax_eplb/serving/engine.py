@@ -283,8 +283,8 @@ class Engine:
         def put(x, *spec):
             return lay_out(x, NamedSharding(self.mesh, P(*spec, AXIS)))
 
-        rows = Rows(plan.positions, plan.lengths, plan.seats, plan.seeds)
-        rows = put(np.stack([x.reshape(-1) for x in rows]), None)
+        of_plan = [getattr(plan, name).reshape(-1) for name in Rows._fields]
+        rows = put(np.stack(of_plan), None)  # together, as each array takes the host some time
         prompts = plan.prompts
         if prompts is not None:
             prompts = put(prompts.reshape(-1, prompts.shape[-1]))

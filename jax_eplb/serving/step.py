@@ -30,7 +30,7 @@ class State(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """One step's rows, [P·B], or those of a rank; to `run_step` they go as one array [4, P·B]."""
+    """A rank's rows in one step. `run_step` gets those of all, [P·B], as one array [4, P·B]."""
 
     positions: Int[Array, "B"]
     lengths: Int[Array, "B"]
