@@ -39,7 +39,7 @@ def run_checks(mesh: Mesh, placements: int, dtype) -> Iterator[dict[str, Any]]:
 
     yield _moves_check(mesh, [draw() for _ in range(placements)], dtype)
     for exchange in usable_exchanges():
-        for choice in ("even", "balanced"):
+        for choice in ("even", "balanced", "fewest"):
             config = MoEConfig(
                 _EMBED,
                 _HIDDEN,

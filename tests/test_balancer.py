@@ -412,22 +412,3 @@ def test_a_balancer_that_was_not_prepared_says_so():
     made.balancer = Balancer(placement(), ONE, split="even")
     with pytest.raises(BalancerError, match=r"call prepare\(params\) first"):
         made.run(REQUESTS)
-
-
-@pytest.mark.parametrize(("planning", "behind"), [(0, 0), (1, 1), (4, 2)])
-def test_counts_are_read_once_they_are_sure_to_be_computed(monkeypatch, planning, behind):
-    read = []
-
-    def work(self, iteration, *counts):
-        read.append(iteration)
-        return working.Outcome()
-
-    monkeypatch.setattr(working.Worker, "work", work)
-    balancer = Balancer(placement(), BalancerConfig(planning_iterations=planning))
-    for iteration in range(5):
-        balancer.after_step(None, None)
-        balancer._thread.submit(lambda: None).result()  # after all that was handed over
-        assert read == list(range(iteration + 1 - behind))
-    balancer.flush()
-    assert read == list(range(5))
-    balancer.close()

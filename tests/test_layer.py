@@ -122,6 +122,8 @@ def test_small_waves_do_not_change_the_bytes():
         pytest.param("balanced", None, marks=pytest.mark.slow),
         pytest.param("local", 2, marks=pytest.mark.slow),
         pytest.param("local", None, marks=pytest.mark.slow),
+        pytest.param("fewest", None, marks=pytest.mark.slow),
+        pytest.param("auto", None, marks=pytest.mark.slow),
     ],
 )
 def test_the_choice_of_replicas_does_not_change_the_bytes(choice, ranks_per_node):

@@ -90,7 +90,7 @@ def test_every_part_gives_its_figures(tmp_path, monkeypatch, capsys):
     assert by_variant["planned, balanced"]["imbalance"] < by_variant["contiguous"]["imbalance"]
     assert all(row["compilations"] == 0 for row in found["moves"])
     assert {row["layers"] for row in found["moves"] if "tokens" in row} == {1, 2}
-    assert [row["wrong"] for row in found["checks"]] == [0] * 5
+    assert [row["wrong"] for row in found["checks"]] == [0] * 7
     assert "Experts moved while layers run" in capsys.readouterr().out
 
 

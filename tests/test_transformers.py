@@ -279,7 +279,7 @@ def test_the_block_gives_the_same_output(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("replica_choice", ["local", "balanced"])
+@pytest.mark.parametrize("replica_choice", ["local", "balanced", "fewest"])
 @pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss"])
 def test_the_block_gives_the_same_output_by_other_policies(name, replica_choice):
     check_block(name, replica_choice=replica_choice, exchange="all_gather")

@@ -171,12 +171,13 @@ def _in_waves(sizes: ExchangeSizes, ranks: Ranks, order: SlotOrder, run, finish,
 def _sum_by_token(rows, place: Int[Array, "T K"], weights: Float[Array, "T K"]):
     """The weighted sum of each token's rows, float32, always in the order of its choices."""
 
-    def choice(place, weights):
-        # Clipped and masked, one by one: what `mode="fill"` fills, or which of all choices exist,
-        # a GPU would find out in a launch of its own.
+    # Clipped and masked: what `mode="fill"` fills, a GPU finds out in a launch for each choice.
+    exists = place < len(rows)
+
+    def choice(place, weights, exists):
         picked = rows.at[place].get(mode="clip")  # [T, D]
-        picked = jnp.where((place < len(rows))[:, None], picked, jnp.zeros_like(picked))
+        picked = jnp.where(exists[:, None], picked, jnp.zeros_like(picked))
         return picked.astype(jnp.float32) * weights[:, None]
 
-    choices = map(choice, jnp.unstack(place, axis=1), jnp.unstack(weights, axis=1))
+    choices = map(choice, *(jnp.unstack(x, axis=1) for x in (place, weights, exists)))
     return functools.reduce(jnp.add, choices)

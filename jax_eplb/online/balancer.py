@@ -38,10 +38,6 @@ from jax_eplb.placement import Placement
 from jax_eplb.tables import PlacementTables
 
 _STALLS_KEPT = 100_000
-# The worker begins with an iteration's counts so many iterations later, at most: they are computed
-# by then, and its Python runs while the serving thread waits for the device, not while it prepares
-# the next step. It may be later than that by what `planning_iterations` allow.
-_BEHIND = 2
 
 
 class Balancer:
@@ -86,7 +82,6 @@ class Balancer:
         if kept is not None:
             self._worker.state = with_load(self._worker.state, kept)
         self.iteration = self._worker.state.iteration  # the next one
-        self._counts: collections.deque = collections.deque()  # (iteration, both arrays)
         self._due: collections.deque = collections.deque()  # (iteration, epoch, future)
         self._asked: collections.deque = collections.deque()  # (question, epoch, outcome)
         self._epoch = 0  # of the placement that plans start from; a failure begins another
@@ -98,7 +93,6 @@ class Balancer:
     @property
     def state(self) -> BalancerState:
         """Of all counts handed over so far; waits until they have been read."""
-        self._hand_over()
         return self._thread.submit(lambda: self._worker.state).result()
 
     @property
@@ -172,8 +166,9 @@ class Balancer:
         hold parts of must come replicated.
         """
         begun = time.perf_counter()
-        self._counts.append((self.iteration, expert_tokens, rank_tokens))
-        self._hand_over(keep=min(_BEHIND, self.config.planning_iterations))
+        work = self._thread.submit(self._worker.work, self.iteration, expert_tokens, rank_tokens)
+        due = self.iteration + 1 + self.config.planning_iterations
+        self._due.append((due, self._epoch, work))
         self._held += time.perf_counter() - begun
         self._stalls.append(self._held)
         self._tell(Stall(self.iteration, self._held))
@@ -219,7 +214,6 @@ class Balancer:
         """
         if not self.config.layer_updates_per_iter:
             raise ValueError("layer_updates_per_iter is 0, so no expert would move; set it to 1")
-        self._hand_over()
         host = self._flights.host if host is None else host
         work = self._worker.set_capacity, capacity, lost_ranks, self.placement, host is not None
         self._thread.submit(*work).result()
@@ -232,21 +226,12 @@ class Balancer:
 
         Raises the error of a failure that nothing has raised yet.
         """
-        self._hand_over()
         self._thread.submit(self._worker.close_effects).result()
         self._raise_error()
 
     def close(self) -> None:
         """End the worker. What is on its way does not come into force."""
         self._thread.shutdown()
-
-    def _hand_over(self, keep: int = 0) -> None:
-        """Let the worker read the counts of all iterations but the last `keep`."""
-        while len(self._counts) > keep:
-            iteration, *counts = self._counts.popleft()
-            work = self._thread.submit(self._worker.work, iteration, *counts)
-            due = iteration + 1 + self.config.planning_iterations
-            self._due.append((due, self._epoch, work))
 
     def _flip(self, params: Any, tables: PlacementTables) -> tuple[Any, PlacementTables]:
         """Put in force what has been on its way longest."""
@@ -322,7 +307,6 @@ class Balancer:
 
     def _start_anew(self, table: np.ndarray) -> None:
         """Drop what was decided and is not in force; the worker plans from `table`."""
-        self._hand_over()
         self._epoch += 1
         self._flights.restart(table)
         self._thread.submit(self._worker.restart, table)
