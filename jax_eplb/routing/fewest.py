@@ -22,9 +22,9 @@ def fewest(expert_tokens: Int[Array, "E"], tables: PlacementTables, ranks: Ranks
     For decoding: below some 256 rows a slot takes as long as reading its weights does, so a second
     replica of an expert costs its rank time and saves the other none. That to balance the experts
     read, not the tokens, is better then is METRO's finding (Yu et al., arXiv 2512.09277), which
-    chooses anew for each batch. Here each expert is served by its home (`home_slots`), of which all
-    ranks have about the same number, and by one replica more for each 256 of its tokens from the
-    second 256 on, dealt in turn as `even` does. The ranks' speeds do not count.
+    chooses anew for each batch. Here each expert is served by its home (`home_slots`), the same
+    in every batch, and by one replica more for each 256 of its tokens from the second 256 on, dealt
+    in turn as `even` does. The ranks' speeds do not count.
     """
     shares = fewest_shares(ranks.gather(expert_tokens), tables)
     return SlotTokens(shares[jax.lax.axis_index(ranks.axis_name)], shares)
