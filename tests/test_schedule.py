@@ -32,6 +32,12 @@ def run(schedule):
     return plans
 
 
+def rows(plan):
+    """For each row with a sequence: its place, its request, and what is written when done."""
+    for rank, row in zip(*np.nonzero(plan.used), strict=True):
+        yield (rank, row), int(plan.owners[rank, row]), int(plan.written[rank, row])
+
+
 @st.composite
 def schedules(draw):
     lengths = draw(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 6)), min_size=1))
@@ -43,7 +49,7 @@ def schedules(draw):
 def test_each_request_reads_its_positions_once_and_in_order_on_one_seat(schedule):
     read, seats = collections.defaultdict(list), collections.defaultdict(set)
     for plan in run(schedule):
-        for (rank, row), request, written in plan.rows():
+        for (rank, row), request, written in rows(plan):
             first = int(plan.positions[rank, row])
             read[request] += range(first, written)
             seats[request].add((rank, int(plan.seats[rank, row])))
@@ -61,7 +67,7 @@ def test_no_two_requests_are_on_a_seat_at_once(schedule):
     holder, steps_left = {}, {}
     for plan in run(schedule):
         used = set()
-        for (rank, row), request, _ in plan.rows():
+        for (rank, row), request, _ in rows(plan):
             place = (rank, int(plan.seats[rank, row]))
             assert place not in used
             used.add(place)
@@ -84,7 +90,7 @@ def test_rows_without_a_request_have_no_tokens_and_prompts_are_whole(schedule):
         assert not plan.positions.any()
         assert plan.width >= 16
         assert plan.width & (plan.width - 1) == 0  # few widths, so few compilations
-        for (rank, row), request, written in plan.rows():
+        for (rank, row), request, written in rows(plan):
             prompt = schedule.requests[request].prompt
             np.testing.assert_array_equal(plan.prompts[rank, row, :written], prompt)
             assert not plan.prompts[rank, row, written:].any()
@@ -93,7 +99,7 @@ def test_rows_without_a_request_have_no_tokens_and_prompts_are_whole(schedule):
 @given(schedules())
 def test_requests_are_admitted_in_order(schedule):
     steps = [plan for plan in run(schedule) if plan.prompts is not None]
-    admitted = [sorted(request for _, request, _ in plan.rows()) for plan in steps]
+    admitted = [sorted(request for _, request, _ in rows(plan)) for plan in steps]
     assert list(itertools.chain(*admitted)) == list(range(len(schedule.requests)))
 
 

@@ -202,15 +202,21 @@ class Engine:
         """
         self._check(requests)
         schedule = self._schedule(requests)
-        outputs = [np.zeros(request.output_length, np.int32) for request in requests]
+        # All outputs side by side, so that a step's tokens are written at once.
+        lengths = np.array([request.output_length for request in requests])
+        prompts = np.array([len(request.prompt) for request in requests])
+        ends = lengths.cumsum()
+        written = np.zeros(ends[-1], np.int32)
+        outputs = np.split(written, ends[:-1])
+        origins = ends - lengths - prompts  # where a request's position 0 would be
         flying: collections.deque[tuple[StepPlan, Array]] = collections.deque()
         begun, iterations = time.perf_counter(), 0
 
         def land():
             plan, tokens = flying.popleft()
             next_tokens = np.asarray(tokens).reshape(plan.owners.shape)
-            for place, owner, written in plan.rows():
-                outputs[owner][written - len(requests[owner].prompt)] = next_tokens[place]
+            places = origins[plan.owners[plan.used]] + plan.written[plan.used]
+            written[places] = next_tokens[plan.used]
             for request in schedule.finish(plan):
                 on_finished(request, outputs[request])
             on_progress(len(schedule.latencies))

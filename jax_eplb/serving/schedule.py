@@ -3,21 +3,13 @@
 import collections
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from jax_eplb.serving.request import Request
 
 _SHORTEST_BUCKET = 16
-
-
-@dataclasses.dataclass
-class _Seated:
-    """A request on a seat of a rank."""
-
-    index: int  # of the request
-    position: int  # of the token that the next step reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +28,15 @@ class StepPlan:
         """T: tokens of a row, padding included."""
         return 1 if self.prompts is None else self.prompts.shape[-1]
 
-    def rows(self) -> Iterator[tuple[tuple[int, int], int, int]]:
-        """For each row with a sequence: its place, its request, and what is written when done."""
-        for rank, row in zip(*np.nonzero(self.owners >= 0), strict=True):
-            written = self.positions[rank, row] + self.lengths[rank, row]
-            yield (int(rank), int(row)), int(self.owners[rank, row]), int(written)
+    @property
+    def used(self) -> np.ndarray:
+        """bool[P, rows]: the rows with a sequence."""
+        return self.owners >= 0
+
+    @property
+    def written(self) -> np.ndarray:
+        """int32[P, rows]: the position of the token that the step writes."""
+        return self.positions + self.lengths
 
 
 class Schedule:
@@ -56,40 +52,38 @@ class Schedule:
     ):
         self.requests = requests
         self._waiting = collections.deque(range(len(requests)))
-        self._seats: list[list[_Seated | None]] = [
-            [None] * seats_per_rank for _ in range(num_ranks)
-        ]
+        shape = num_ranks, seats_per_rank
+        self._seated = np.full(shape, -1)  # the request on each seat; -1: none
+        self._positions = np.zeros(shape, np.int32)  # of the token that its next step reads
+        self._seeds = np.array([request.seed for request in requests], np.int32)
+        # The position of the last token, which is written, and never read.
+        self._last = np.array([len(r.prompt) + r.output_length - 1 for r in requests])
         self._rows = prompt_rows
         self._admitted: dict[int, float] = {}  # by request, by the clock
         self.latencies: dict[int, float] = {}  # seconds, of the finished requests
 
     @property
     def done(self) -> bool:
-        return not self._waiting and not self._num_seated()
+        return not self._waiting and self._is_empty()
 
     def next_step(self) -> StepPlan:
-        free = [row.count(None) for row in self._seats]
-        room = sum(min(n, self._rows) for n in free)
-        wanted = min(len(self._seats) * self._rows, len(self._waiting))
-        if self._waiting and (room >= wanted or not self._num_seated()):
+        free = (self._seated < 0).sum(axis=1)
+        room = np.minimum(free, self._rows).sum()
+        wanted = min(len(free) * self._rows, len(self._waiting))
+        if self._waiting and (room >= wanted or self._is_empty()):
             return self._admit(free)
         return self._continue()
 
     def finish(self, plan: StepPlan) -> list[int]:
         """The requests that a completed step was the last of."""
-        now, finished = time.perf_counter(), []
-        for _, request, written in plan.rows():
-            end = len(self.requests[request].prompt) + self.requests[request].output_length
-            if written == end - 1:  # the last token is never read
-                self.latencies[request] = now - self._admitted[request]
-                finished.append(request)
+        now, requests = time.perf_counter(), plan.owners[plan.used]
+        finished = requests[plan.written[plan.used] == self._last[requests]].tolist()
+        for request in finished:
+            self.latencies[request] = now - self._admitted[request]
         return finished
 
-    def _num_seated(self) -> int:
-        return sum(seated is not None for row in self._seats for seated in row)
-
-    def _admit(self, free: list[int]) -> StepPlan:
-        chosen: list[list[int]] = [[] for _ in self._seats]
+    def _admit(self, free: np.ndarray) -> StepPlan:
+        chosen: list[list[int]] = [[] for _ in free]
         while self._waiting:
             open_ranks = [r for r in range(len(free)) if free[r] and len(chosen[r]) < self._rows]
             if not open_ranks:
@@ -99,50 +93,42 @@ class Schedule:
             free[rank] -= 1
         longest = max(len(self.requests[i].prompt) for row in chosen for i in row)
         width = max(_SHORTEST_BUCKET, 1 << (longest - 1).bit_length())
-        plan = _empty_plan((len(self._seats), self._rows), width)
+        shape = len(free), self._rows
+        prompts = np.zeros((*shape, width), np.int32)
+        lengths, seats = np.zeros((2, *shape), np.int32)
+        owners = np.full(shape, -1)
         now = time.perf_counter()
         for rank, indices in enumerate(chosen):
-            for row, index in enumerate(indices):
-                request = self.requests[index]
-                seat = self._seats[rank].index(None)
-                length = len(request.prompt)
-                _fill(plan, rank, row, index, request.seed, seat, position=0, length=length)
-                if plan.prompts is not None:
-                    plan.prompts[rank, row, :length] = request.prompt
+            free_seats = np.flatnonzero(self._seated[rank] < 0)
+            for row, (index, seat) in enumerate(zip(indices, free_seats, strict=False)):
+                prompt = self.requests[index].prompt
+                prompts[rank, row, : len(prompt)] = prompt
+                lengths[rank, row], seats[rank, row] = len(prompt), seat
+                owners[rank, row] = self._seated[rank, seat] = index
+                self._positions[rank, seat] = len(prompt)
                 self._admitted[index] = now
-                self._seats[rank][seat] = _Seated(index, length)
-        for seats in self._seats:  # one token is written by the step itself
-            for seat, seated in enumerate(seats):
-                if seated is not None and self.requests[seated.index].output_length == 1:
-                    seats[seat] = None
-        return plan
+        self._leave()  # those whose one token this step writes
+        return self._plan(owners, seats, np.zeros_like(lengths), lengths, prompts)
 
     def _continue(self) -> StepPlan:
-        plan = _empty_plan((len(self._seats), len(self._seats[0])), None)
-        for rank, seats in enumerate(self._seats):
-            for seat, seated in enumerate(seats):
-                if seated is None:
-                    continue
-                request = self.requests[seated.index]
-                _fill(plan, rank, seat, seated.index, request.seed, seat, seated.position, 1)
-                seated.position += 1
-                if seated.position == len(request.prompt) + request.output_length - 1:
-                    seats[seat] = None
+        owners = self._seated.copy()
+        lengths = (owners >= 0).astype(np.int32)
+        seats = np.arange(owners.shape[1], dtype=np.int32) * lengths
+        plan = self._plan(owners, seats, self._positions * lengths, lengths)
+        self._positions += lengths
+        self._leave()
         return plan
 
+    def _leave(self) -> None:
+        """Free the seats of sequences that have no token left to read."""
+        self._seated[(self._seated >= 0) & (self._positions == self._last[self._seated])] = -1
 
-def _empty_plan(shape: tuple[int, int], width: int | None) -> StepPlan:
-    prompts = None if width is None else np.zeros((*shape, width), np.int32)
-    positions, lengths, seats, seeds = (np.zeros(shape, np.int32) for _ in range(4))
-    return StepPlan(prompts, positions, lengths, seats, seeds, np.full(shape, -1))
+    def _is_empty(self) -> bool:
+        return not (self._seated >= 0).any()
 
-
-def _fill(plan: StepPlan, rank, row, index, seed, seat, position, length) -> None:
-    plan.owners[rank, row] = index
-    plan.seeds[rank, row] = seed
-    plan.seats[rank, row] = seat
-    plan.positions[rank, row] = position
-    plan.lengths[rank, row] = length
+    def _plan(self, owners, seats, positions, lengths, prompts=None) -> StepPlan:
+        seeds = np.where(owners >= 0, self._seeds[owners], 0)
+        return StepPlan(prompts, positions, lengths, seats, seeds, owners)
 
 
 @dataclasses.dataclass(frozen=True)
