@@ -1,11 +1,13 @@
-"""What one rank sends another, by replica choice: the fullest pair of ranks decides the buffers.
+"""What one rank sends another, and what it reads, by replica choice.
 
     python -m benchmarks.pairs --recordings TRACE.npz [--ranks P] [--tokens T] [--json]
 
 Each file holds a token trace, `expert_ids` [tokens, L, K]. Its first half is planned for, with two
 more slots on each rank; batches of its second half are dealt to the ranks in their order, so that
 each rank has texts, and experts, of its own. "Pair" is the most that any rank sends any other (or
-itself), in even shares of T·K/P rows: the mean of layers and batches, and the largest.
+itself), in even shares of T·K/P rows: the mean of layers and batches, and the largest. It decides
+the buffers. "Read" are the slots with tokens, of the rank with most, whose weights it reads: they
+decide the time of a small batch.
 
 Axes: L layers, P ranks, T tokens of a rank, K choices of a token, E experts, S slots.
 """
@@ -35,6 +37,7 @@ VARIANTS = (
     ("even", "even", "even", False),
     ("balanced, near", "balanced", "balanced", True),
     ("balanced", "balanced", "balanced", False),
+    ("fewest", "fewest", "balanced", False),
 )
 COLUMNS = [
     Column("recording", "recording"),
@@ -45,6 +48,7 @@ COLUMNS = [
     Column("pair", "pair, mean", 2),
     Column("fullest_pair", "fullest", 2),
     Column("stays", "stays on its rank", 2),
+    Column("read", "slots read", 2),
 ]
 
 
@@ -98,6 +102,7 @@ def measure(
         pairs = found.reshape(*found.shape[:3], num_ranks, -1).sum(axis=-1)  # [L, batches, P, P]
         loads, fullest = pairs.sum(axis=2), pairs.max(axis=(2, 3))
         even_share = counts.sum(axis=(2, 3)) / num_ranks**2
+        is_read = found.sum(axis=2).reshape(*loads.shape, -1) > 0  # [L, batches, P, N]
         yield {
             "recording": replay.name,
             "ranks": num_ranks,
@@ -108,6 +113,7 @@ def measure(
             "pair": float((fullest / even_share).mean()),
             "fullest_pair": float((fullest / even_share).max()),
             "stays": float(pairs.trace(axis1=2, axis2=3).sum() / pairs.sum()),
+            "read": float(is_read.sum(axis=3).max(axis=2).mean()),
         }
 
 

@@ -40,6 +40,7 @@ from jax_eplb.placement import Placement, fewest_slots
 from jax_eplb.routing import Ranks
 from jax_eplb.routing.balanced import balanced_shares
 from jax_eplb.routing.even import even_share
+from jax_eplb.routing.fewest import fewest_shares
 from jax_eplb.routing.local import local_share
 
 # Slots and ranks by the number of experts; for others about a quarter more slots, on 8 ranks.
@@ -67,6 +68,7 @@ POLICIES: dict[str, Callable] = {
     "even": _each(lambda own, tables, rank, ranks: even_share(own, tables, rank)),
     "local": _each(local_share),
     "balanced": balanced_shares,
+    "fewest": lambda counts, tables, ranks: fewest_shares(counts, tables),
 }
 
 

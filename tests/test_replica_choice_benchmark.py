@@ -28,7 +28,9 @@ SIZE = ["--ranks", "4", "--slots", "8", "--effort", "fast", "--windows", "2"]
 def test_json_is_a_row_for_each_policy_and_balanced_reaches_the_optimum(file, capsys):
     assert main(["--recordings", file, *SIZE, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [row["policy"] for row in rows] == list(POLICIES) == ["even", "local", "balanced"]
+    assert (
+        [row["policy"] for row in rows] == list(POLICIES) == ["even", "local", "balanced", "fewest"]
+    )
     for row in rows:
         assert (row["recording"], row["ranks"], row["slots"]) == ("tiny", 4, 8)
         assert row["optimum"] <= row["whole"] <= row["imbalance"]
