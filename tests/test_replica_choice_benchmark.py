@@ -28,15 +28,13 @@ SIZE = ["--ranks", "4", "--slots", "8", "--effort", "fast", "--windows", "2"]
 def test_json_is_a_row_for_each_policy_and_balanced_reaches_the_optimum(file, capsys):
     assert main(["--recordings", file, *SIZE, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert (
-        [row["policy"] for row in rows] == list(POLICIES) == ["even", "local", "balanced", "fewest"]
-    )
+    assert [row["policy"] for row in rows] == list(POLICIES)
     for row in rows:
         assert (row["recording"], row["ranks"], row["slots"]) == ("tiny", 4, 8)
         assert row["optimum"] <= row["whole"] <= row["imbalance"]
         assert row["solve_us"] > 0
-    even, local, balanced = rows
-    assert balanced["imbalance"] == balanced["whole"] < even["imbalance"]
+    even, local, balanced, fewest = rows
+    assert balanced["imbalance"] == balanced["whole"] < even["imbalance"] <= fewest["imbalance"]
     assert max(even["local"], balanced["local"]) < local["local"]
 
 
@@ -104,10 +102,11 @@ def test_pairs_are_of_a_trace_in_its_order(tmp_path, capsys):
     )
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["policy"] for row in rows] == [name for name, *_ in pairs.VARIANTS]
-    _, near, alike = rows
+    _, near, alike, few = rows
     assert near["imbalance"] == alike["imbalance"]
     assert near["stays"] > alike["stays"]
     assert near["pair"] >= alike["pair"] >= 1
+    assert few["read"] == 4 < alike["read"] == 6  # of 8 experts, in 12 slots, on two ranks
 
 
 def test_pairs_of_counts_alone_are_refused(tmp_path):
