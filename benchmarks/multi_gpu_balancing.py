@@ -57,6 +57,11 @@ class Variant(NamedTuple):
     ahead: bool = False  # planned from what is then routed, not from what came before
     uniform: bool = False  # routing without skew, as a bound
 
+    @property
+    def split(self) -> str | None:
+        """What its plan is made for; `fewest` serves decoding beside `balanced`, by one plan."""
+        return "balanced" if self.choice == "fewest" else self.choice
+
 
 CONTIGUOUS, UNIFORM = Variant("contiguous"), Variant("uniform routing", uniform=True)
 VARIANTS = (
@@ -139,10 +144,10 @@ def _prepare(
 ) -> dict[Variant, Prepared]:
     num_ranks = mesh.shape[AXIS]
 
-    def place(variant: Variant) -> Placement:
-        more = 0 if variant.choice is None else _MORE_SLOTS * num_ranks
+    def place(split: str | None, ahead: bool) -> Placement:
+        more = 0 if split is None else _MORE_SLOTS * num_ranks
         num_slots = fewest_slots(shape.experts + more, num_ranks)
-        if variant.choice is None:
+        if split is None:
             return Placement.default(
                 num_experts=shape.experts,
                 num_ranks=num_ranks,
@@ -150,16 +155,17 @@ def _prepare(
                 num_slots=num_slots,
             )
         half = len(replay.counts) // 2
-        seen = replay.counts[half:] if variant.ahead else replay.counts[:half]
-        split = "even" if variant.choice == "even" else "balanced"
+        seen = replay.counts[half:] if ahead else replay.counts[:half]
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             planned = plan(seen[:, chosen], num_slots, num_ranks, split=split, effort=effort)
         return planned.placement
 
+    kinds = list({(variant.split, variant.ahead): None for variant in VARIANTS})
     with ThreadPoolExecutor() as pool:  # planners are compiled
-        placements = dict(zip(VARIANTS, pool.map(place, VARIANTS), strict=True))
+        placements = dict(zip(kinds, pool.map(lambda kind: place(*kind), kinds), strict=True))
     prepared, shared = {}, {}
-    for variant, placement in placements.items():
+    for variant in VARIANTS:
+        placement = placements[variant.split, variant.ahead]
         choice = variant.choice or "even"
         config = shape.config(placement.num_slots, num_ranks, replica_choice=choice)
         if config not in shared:

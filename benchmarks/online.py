@@ -28,6 +28,7 @@ from jax_eplb.models.weights import load_decoder
 from jax_eplb.online import Balancer, BalancerConfig
 from jax_eplb.placement import Placement
 from jax_eplb.planner import plan
+from jax_eplb.routing import split_of
 from jax_eplb.serving import Engine, ServingConfig
 
 WAYS = ("none", "watching", "updates")
@@ -37,7 +38,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     num_ranks, num_slots = arguments.ep_size, arguments.num_slots
     simulate_devices(num_ranks)
     mesh, saved = expert_mesh(num_ranks), load_decoder()
-    split = "balanced" if arguments.replica_choice == "balanced" else "even"
+    split = split_of(arguments.replica_choice)
     per_rank = -(-SEQUENCES // num_ranks)
     size = per_rank * num_ranks
     kinds = [

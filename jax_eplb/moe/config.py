@@ -6,7 +6,14 @@ import math
 from jax_eplb.kernels import activation_named, check_implementation
 from jax_eplb.moe.exchange import IMPLEMENTATIONS, ExchangeSizes
 from jax_eplb.placement import check_sizes
-from jax_eplb.routing import POLICIES, REPLICA_CHOICES, Ranks, ReplicaChoice, RouterConfig
+from jax_eplb.routing import (
+    POLICIES,
+    REPLICA_CHOICES,
+    Ranks,
+    ReplicaChoice,
+    RouterConfig,
+    split_of,
+)
 from jax_eplb.routing.fewest import WORTH_READING
 
 # Rows that a rank sends another, in even shares. Chance moves a large share by less than an eighth,
@@ -79,7 +86,7 @@ class MoEConfig:
     @property
     def needs_leveling(self) -> bool:
         """Whether `Placement.tables` must derive what divides a batch by its counts."""
-        return self.replica_choice in ("balanced", "auto")
+        return split_of(self.replica_choice) == "balanced"
 
     def policy(self, num_tokens: int) -> ReplicaChoice:
         """What divides a batch of T tokens a rank among replicas."""

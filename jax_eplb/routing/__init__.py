@@ -38,3 +38,12 @@ POLICIES: dict[str, ReplicaChoice] = {
 }
 # By the size of the batch: `fewest` or `balanced`.
 REPLICA_CHOICES = (*POLICIES, "auto")
+
+
+def split_of(replica_choice: str) -> str:
+    """What plans for a replica choice are made for: "balanced" if it may divide by load, or "even".
+
+    >>> [split_of(choice) for choice in ("even", "balanced", "fewest", "auto")]
+    ['even', 'balanced', 'even', 'balanced']
+    """
+    return "balanced" if replica_choice in ("balanced", "auto") else "even"

@@ -37,8 +37,7 @@ def balanced(expert_tokens: Int[Array, "E"], tables: PlacementTables, ranks: Ran
     Were their floats to differ, a rank would send a few tokens elsewhere than the others expect,
     and none would be lost.
     """
-    shares = balanced_shares(ranks.gather(expert_tokens), tables, ranks)
-    return SlotTokens(shares[jax.lax.axis_index(ranks.axis_name)], shares)
+    return ranks.known_to_all(balanced_shares(ranks.gather(expert_tokens), tables, ranks))
 
 
 def balanced_shares(

@@ -26,8 +26,7 @@ def fewest(expert_tokens: Int[Array, "E"], tables: PlacementTables, ranks: Ranks
     in every batch, and by one replica more for each 256 of its tokens from the second 256 on, dealt
     in turn as `even` does. The ranks' speeds do not count.
     """
-    shares = fewest_shares(ranks.gather(expert_tokens), tables)
-    return SlotTokens(shares[jax.lax.axis_index(ranks.axis_name)], shares)
+    return ranks.known_to_all(fewest_shares(ranks.gather(expert_tokens), tables))
 
 
 def fewest_shares(counts: Int[Array, "P E"], tables: PlacementTables) -> Int[Array, "P S"]:

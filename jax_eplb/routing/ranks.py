@@ -28,6 +28,10 @@ class Ranks(NamedTuple):
         """With what the other ranks send; inside `shard_map` over the ranks."""
         return SlotTokens(slot_tokens, self.gather(slot_tokens))
 
+    def known_to_all(self, shares: Int[Array, "P S"]) -> "SlotTokens":
+        """The same where every rank has worked out all ranks' shares."""
+        return SlotTokens(shares[jax.lax.axis_index(self.axis_name)], shares)
+
 
 class SlotTokens(NamedTuple):
     """How many choices go to each slot."""

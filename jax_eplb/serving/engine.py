@@ -20,6 +20,7 @@ from jax_eplb.models.weights import SavedDecoder, StoredDecoder
 from jax_eplb.moving import RebalanceError, find_banks, prepare_moves, rebalance
 from jax_eplb.online import Balancer, BalancerConfig, Listener
 from jax_eplb.placement import Placement
+from jax_eplb.routing import split_of
 from jax_eplb.serving.calibrate import seconds_per_token
 from jax_eplb.serving.request import Request
 from jax_eplb.serving.schedule import Schedule, StepPlan, Throughput
@@ -58,7 +59,7 @@ class ServingConfig:
     @property
     def split(self) -> str:
         """What plans are made for: "balanced" where replicas are chosen so, else "even"."""
-        return "balanced" if self.replica_choice in ("balanced", "auto") else "even"
+        return split_of(self.replica_choice)
 
     @property
     def prompt_rows(self) -> int:
