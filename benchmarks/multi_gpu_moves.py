@@ -36,7 +36,7 @@ COLUMNS = [
     Column("tokens", "tokens a rank", 0),
     Column("layers", "layers moved at once", 0),
     Column("slots", "slots of a rank", 0),
-    Column("megabytes", "MB sent by a rank", 1),
+    Column("megabytes", "MB to a rank", 1),
     Column("still_ms", "step without ms", 3),
     Column("step_ms", "step with ms", 3),
     Column("stall_ms_p50", "stall p50 ms", 3),
@@ -60,9 +60,10 @@ def measure_moves(
 ) -> Iterator[dict[str, Any]]:
     """Rows of moves alone, of one slot and of several of each rank, then of steps with moves."""
     num_ranks = mesh.shape[AXIS]
+    holders = max(num_ranks, 2)  # a device alone has the slots of two
     compiled = _count_compilations()
     for shape in shapes:
-        num_slots = fewest_slots(shape.experts + num_ranks, num_ranks)
+        num_slots = fewest_slots(shape.experts + holders, holders)
         config = shape.config(num_slots, num_ranks)
         stack = layers_that_fit(shape, num_slots, num_layers, mesh, dtype)
         placement = Placement.default(
@@ -74,10 +75,11 @@ def measure_moves(
         table = np.asarray(placement.slot_to_expert)
         say(f"moves, {shape.name}")
         params = make_params(shape, config, mesh, stack, dtype)
-        most = min(_MOST_SLOTS, config.slots_per_rank)
-        prepare_moves(params, most)
+        most, own = min(_MOST_SLOTS, num_slots // holders), holders // num_ranks
+        megabytes = own * shape.expert_bytes(dtype) / 1e6  # a slot of each holder
+        prepare_moves(params, own * most)
         for slots in sorted({1, most}):
-            turned = turn(table, num_ranks, slots, [0])
+            turned = turn(table, holders, slots, [0])
             there = find_moves(table, turned, num_ranks=num_ranks)
             back = find_moves(turned, table, num_ranks=num_ranks)
             times = []
@@ -88,22 +90,21 @@ def measure_moves(
                 jax.block_until_ready(params)
                 times.append(1e3 * (time.perf_counter() - start))
             ms = float(np.median(times[2:]))
-            sent = slots * shape.expert_bytes(dtype) if num_ranks > 1 else 0
             yield {
                 "shape": shape.name,
                 "layers": 1,
                 "slots": slots,
-                "megabytes": sent / 1e6,
+                "megabytes": slots * megabytes,
                 "move_ms": ms,
-                "gigabytes_per_second": sent / ms / 1e6,
-                "of_link": 1e3 * sent / ms / link,
+                "gigabytes_per_second": slots * megabytes / ms,
+                "of_link": 1e9 * slots * megabytes / ms / link if num_ranks > 1 else None,
                 "compilations": len(compiled) - before,
             }
         step = stack_step(config, mesh)
         for num_tokens in batches:
             tokens = draw_tokens(shape, num_ranks * num_tokens, mesh, dtype)
             for layers in (n for n in _LAYERS_AT_ONCE if n <= stack):
-                cycle = _cycle(placement, layers, config, mesh)
+                cycle = _cycle(placement, layers, holders, config, mesh)
                 # Warm: the first round fills the caches of everything that is dispatched.
                 params, _ = _steps(step, params, tokens, cycle, len(cycle), moving=True)
                 before = len(compiled)
@@ -120,7 +121,7 @@ def measure_moves(
                     "tokens": num_tokens,
                     "layers": layers,
                     "slots": 1,
-                    "megabytes": layers * shape.expert_bytes(dtype) / 1e6,
+                    "megabytes": layers * megabytes,
                     "still_ms": float(usual),
                     "step_ms": float(with_moves[0]),
                     "stall_ms_p50": float(with_moves[0] - usual),
@@ -129,27 +130,27 @@ def measure_moves(
                 }
 
 
-def turn(table: np.ndarray, num_ranks: int, slots: int, layers: Sequence[int]) -> np.ndarray:
-    """The table [L, S] with the first slots of each rank handed on to the next one.
+def turn(table: np.ndarray, holders: int, slots: int, layers: Sequence[int]) -> np.ndarray:
+    """The table [L, S] with the first slots of each of its holders handed on to the next one.
 
-    >>> turn(np.array([[0, 1, 2, 3]]), num_ranks=2, slots=1, layers=[0]).tolist()
+    >>> turn(np.array([[0, 1, 2, 3]]), holders=2, slots=1, layers=[0]).tolist()
     [[2, 1, 0, 3]]
     """
-    turned = table.reshape(len(table), num_ranks, -1).copy()
+    turned = table.reshape(len(table), holders, -1).copy()
     for layer in layers:
         turned[layer, :, :slots] = np.roll(turned[layer, :, :slots], 1, axis=0)
     return turned.reshape(table.shape)
 
 
-def _cycle(placement: Placement, layers: int, config, mesh: Mesh):
+def _cycle(placement: Placement, layers: int, holders: int, config, mesh: Mesh):
     """Moves of so many layers at once, and the tables that follow, until all is as it was."""
     num_layers, num_ranks = placement.num_layers, placement.num_ranks
     table = np.asarray(placement.slot_to_expert)
     groups = [range(i, min(i + layers, num_layers)) for i in range(0, num_layers, layers)]
-    # A turn in P steps comes back to where it began.
+    # A turn in as many steps as there are holders comes back to where it began.
     cycle = []
-    for group in groups * num_ranks:
-        turned = turn(table, num_ranks, 1, group)
+    for group in groups * holders:
+        turned = turn(table, holders, 1, group)
         moved = Placement.from_slots(turned, num_experts=placement.num_experts, num_ranks=num_ranks)
         tables = place_tables(moved, config, mesh)
         cycle.append((find_moves(table, turned, num_ranks=num_ranks), tables))
@@ -192,8 +193,9 @@ def _count_compilations() -> list[float]:
 
 def moves_table(rows: list[dict], link: float) -> Table:
     note = (
-        "Each rank hands so many slots of a layer to the next rank. GB/s: what a rank sends, over "
-        f"the time of the moves alone; of the link: over {link / 1e9:.0f} GB/s. The stall is the "
-        "time of a step with moves less that of one without."
+        "Each rank hands so many slots of a layer to the next rank, or within a rank alone from "
+        "one half of its slots to the other. GB/s: what comes to a rank, over the time of the "
+        f"moves alone; of the link: over {link / 1e9:.0f} GB/s. The stall is the time of a step with "
+        "moves less that of one without."
     )
     return Table("Experts moved while layers run", COLUMNS, rows, [note])
