@@ -195,7 +195,7 @@ def moves_table(rows: list[dict], link: float) -> Table:
     note = (
         "Each rank hands so many slots of a layer to the next rank, or within a rank alone from "
         "one half of its slots to the other. GB/s: what comes to a rank, over the time of the "
-        f"moves alone; of the link: over {link / 1e9:.0f} GB/s. The stall is the time of a step with "
-        "moves less that of one without."
+        f"moves alone; of the link: over {link / 1e9:.0f} GB/s. The stall is the time of a step "
+        "with moves less that of one without."
     )
     return Table("Experts moved while layers run", COLUMNS, rows, [note])
