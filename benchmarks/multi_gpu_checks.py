@@ -73,7 +73,8 @@ def _moves_check(mesh: Mesh, placements: list[Placement], dtype) -> dict[str, An
     spread = NamedSharding(mesh, P(AXIS))
     ids = np.broadcast_to(expected(now), (now.num_slots, 64, 128)).astype(dtype)
     bank = jax.make_array_from_callback(ids.shape, spread, lambda index: ids[index])
-    params, wrong = {"weights": bank, "bias": bank[:, 0]}, 0
+    # Where there is one rank, what is computed from the bank does not name its axis.
+    params, wrong = {"weights": bank, "bias": jax.device_put(bank[:, 0], spread)}, 0
     for placement in placements:
         params, now = rebalance(params, now, placement), placement
         weights = multihost_utils.process_allgather(params["weights"], tiled=True)

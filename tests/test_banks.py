@@ -124,6 +124,19 @@ def test_no_bank_and_two_meshes_are_refused():
         find_banks(mixed, num_slots=S, layer_ids=(0, 1))
 
 
+def test_on_one_rank_no_bank_is_overlooked_because_its_sharding_does_not_name_the_axis():
+    mesh = expert_mesh(1)
+    tree = stacked_tree(TABLE, E, mesh) | {"counts": put(np.zeros((L, S), np.int32), mesh)}
+    assert [len(group.leaves) for group in find_banks(tree, num_slots=S).groups] == [4]
+    tree["moments"] = {"mu": put(np.zeros((L, S, 3), np.float32), mesh)}
+    with pytest.raises(ValueError, match=r"'mu'\] \(2, 12, 3\) may be a bank of 12.*device_put"):
+        find_banks(tree, num_slots=S, layer_ids=(0, 1))
+    # With several ranks an array that all of them have is no bank.
+    tree = stacked_tree(TABLE, E, expert_mesh(RANKS))
+    tree["moments"] = {"mu": put(np.zeros((L, S, 3), np.float32), expert_mesh(RANKS))}
+    assert [len(group.leaves) for group in find_banks(tree).groups] == [3]
+
+
 def test_a_tree_of_another_structure_is_refused():
     banks = find_banks(stacked_tree(TABLE, E, expert_mesh(RANKS)))
     with pytest.raises(ValueError, match="its banks were found in one of the structure"):

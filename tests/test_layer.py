@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from hypothesis import given, settings
+from jax.sharding import PartitionSpec as P
 
 from jax_eplb import MoE, MoEConfig, Placement, expert_mesh
 from jax_eplb.moe.layer import LoadCount, SlotTable
@@ -238,6 +239,20 @@ def test_use_placement_delivers_every_expert(seed):
         np.testing.assert_array_equal(layer.gate_up[...], tagged[table])
         np.testing.assert_array_equal(layer.slot_to_expert[...], table)
         np.testing.assert_array_equal(layer.replica_count[...], np.bincount(table, minlength=E))
+
+
+def test_one_device_takes_any_placement_also_after_a_jitted_step():
+    layer, tokens = make(ranks=1), drawn()
+    expected = layer(tokens)
+    doubled = jax.jit(lambda router, *banks: tuple(2 * bank + 0 * router[0, 0] for bank in banks))
+    for seed in (1, 2, 3):
+        layer.use_placement(placement_of(seed, ranks=1))
+        np.testing.assert_array_equal(layer(tokens), expected)
+        # Whose results have the sharding of its first argument, which names no axis.
+        gate_up, down = doubled(layer.router[...], layer.gate_up[...], layer.down[...])
+        assert gate_up.sharding.spec == P()
+        layer.gate_up[...], layer.down[...] = gate_up, down
+        expected = layer(tokens)
 
 
 def test_a_placement_that_does_not_fit_leaves_all_as_it_was():

@@ -94,6 +94,20 @@ def test_every_part_gives_its_figures(tmp_path, monkeypatch, capsys):
     assert "Experts moved while layers run" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_one_device_moves_its_own_slots(tmp_path, monkeypatch):
+    monkeypatch.setattr(multi_gpu, "SHAPES", (TINY,))
+    monkeypatch.setattr(multi_gpu, "small", lambda shape: shape)
+    monkeypatch.setattr("benchmarks.multi_gpu_moves._STEPS", 4)
+    monkeypatch.setattr(multi_gpu, "measure_moves", with_one_batch(multi_gpu.measure_moves))
+    file = tmp_path / "figures.json"
+    options = ["--ranks", "1", "--layers", "1", "--rounds", "1", "--placements", "3"]
+    multi_gpu.main([*options, "--parts", "moves", "checks", "--json", str(file)])
+    found = json.loads(file.read_text())
+    assert all(row["megabytes"] > 0 and row["compilations"] == 0 for row in found["moves"])
+    assert [row["wrong"] for row in found["checks"]] == [0] * 7
+
+
 def test_the_part_that_replays_asks_for_recordings(capsys):
     with pytest.raises(SystemExit):
         multi_gpu.main(["--ranks", "2"])

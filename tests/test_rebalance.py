@@ -97,6 +97,20 @@ def test_cycles_longer_than_a_wave():
     assert_holds(moved, new, 16)
 
 
+def test_on_one_rank_every_array_goes_along_and_keeps_its_sharding():
+    first, *others = drawn(6, ranks=1)
+    tree, before = stacked_tree(first, E, expert_mesh(1)), of(first, ranks=1)
+
+    def shardings(tree):
+        return [x.sharding for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
+
+    expected = shardings(tree)
+    for table in others:
+        tree, before = rebalance(tree, before, of(table, ranks=1)), of(table, ranks=1)
+        assert_holds(tree, table, E)
+        assert shardings(tree) == expected
+
+
 def test_empty_slots_are_left_and_filled():
     old = np.array([[0, 1, 2, 3, 4, 5, 6, 7, E, E, E, E]])
     new = np.array([[E, 1, 2, 3, 4, 5, E, 7, 0, 1, 6, E]])

@@ -18,7 +18,7 @@ from jax_eplb.moving import (
     staging,
 )
 from jax_eplb.moving.exchange import exchange_rows
-from jax_eplb.moving.rows import read_rows, write_rows
+from jax_eplb.moving.rows import read_rows, write_program
 from jax_eplb.online.parts import in_parts
 from tests.moving_cases import assert_holds, layer_trees, put, stacked_tree, tables
 from tests.tiny_model import counted_compilations
@@ -102,7 +102,7 @@ def test_the_flip_needs_no_communication_and_no_bank_beside_the_banks():
     for program, most, sends in (
         (read_rows.lower(arrays, table, spread=group.spread), row, False),
         # The rows side by side; a GPU scatters them as they are.
-        (write_rows.lower(arrays, rows, table, spread=group.spread), 4 * row + 512, False),
+        (write_program.lower(arrays, rows, table, spread=group.spread), 4 * row + 512, False),
         (
             exchange_rows.lower(rows, table, spread=group.spread, specs=(P("expert"),)),
             3 * 4 * row + 4096,  # beside the rows given and those made
@@ -113,7 +113,7 @@ def test_the_flip_needs_no_communication_and_no_bank_beside_the_banks():
         assert compiled.memory_analysis().temp_size_in_bytes <= most
         assert ("all-to-all" in compiled.as_text()) == sends
         assert "all-gather" not in compiled.as_text()
-    assert write_rows.lower(arrays, rows, table, spread=group.spread).args_info[0][0][0].donated
+    assert write_program.lower(arrays, rows, table, spread=group.spread).args_info[0][0][0].donated
 
 
 def test_preparation_itself_moves_nothing():

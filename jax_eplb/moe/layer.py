@@ -90,7 +90,9 @@ class MoE(nnx.Module):
 
         def bank(shape, spec):
             init = lecun_normal(shape[0], shape, dtype)
-            return nnx.Param(init_experts(rngs.params(), slots, init, mesh, spec))
+            weights = init_experts(rngs.params(), slots, init, mesh, spec)
+            # What a program makes may not name an axis of one device, and moves go by the name.
+            return nnx.Param(jax.device_put(weights, NamedSharding(mesh, spec)))
 
         def matrix(shape, dtype, spec=everywhere):
             weight = lecun_normal(shape[0], shape, dtype)(rngs.params())
@@ -197,17 +199,22 @@ class MoE(nnx.Module):
             config.num_ranks,
             placement.layer_ids,
         )
-        banks = (self.gate_up, self.down, self.gate_up_bias, self.down_bias)
-        banks = [bank for bank in banks if bank is not None]
+        specs: Any = self.specs().experts
+        banks = [
+            (getattr(self, name), NamedSharding(self.mesh, spec))
+            for name, spec in specs._asdict().items()
+            if spec is not None
+        ]
         moved = rebalance(
-            [bank[...] for bank in banks],
+            # Nor may what a jitted step made name it.
+            [jax.device_put(bank[...], sharding) for bank, sharding in banks],
             here,
             placement,
             axis_name=self.axes.expert,
             donate=False,  # others may hold these arrays
         )
         tables = self._tables_of(placement)
-        for bank, weights in zip(banks, moved, strict=True):
+        for (bank, _), weights in zip(banks, moved, strict=True):
             bank[...] = weights
         for name, table in tables._asdict().items():
             getattr(self, name)[...] = table

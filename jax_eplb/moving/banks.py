@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -94,9 +95,12 @@ def find_banks(
     integer of the path that is one of `layer_ids`, the model's own numbers. Everything else in the
     tree is left alone: arrays without the expert axis, or with another size there than S.
 
-    Raises ValueError where there is no bank, or the layer of one cannot be told (so in a tuple of
-    parameters and an optimiser's state, of a model with two layers: give `layer_of`), or banks are
-    on different meshes.
+    What `jit` makes may not name an axis of one device: where there is one rank, put the name back
+    with `jax.device_put`.
+
+    Raises ValueError where there is no bank; only some of one rank's name the axis; the layer of
+    one cannot be told (so in a tuple of parameters and an optimiser's state, of a model with two
+    layers: give `layer_of`); or banks are on different meshes.
     """
     flat, structure = jax.tree.flatten_with_path(params)
     found = [
@@ -115,6 +119,7 @@ def find_banks(
     groups: dict[int | None, list] = {}
     for index, path, axis, inner in banks:
         groups.setdefault(None if axis else position(path), []).append((index, inner))
+    _check_named(flat, found, num_slots, axis_name)
     if not groups:
         shapes = [f"{jax.tree_util.keystr(path)} {flat[i][1].shape}" for i, path, *_ in found]
         wanted = "(S, …) or (L, S, …)" if num_slots is None else f"{num_slots} slots"
@@ -128,6 +133,26 @@ def find_banks(
         num_slots or 0,
         structure,
     )
+
+
+def _check_named(flat, found, num_slots: int | None, axis_name: str) -> None:
+    """Raise ValueError where an array of one rank looks like a bank, and others name the axis."""
+    named = {index for index, *_ in found}
+    for index, (path, x) in enumerate(flat):
+        alike = (
+            found
+            and index not in named
+            and isinstance(x, jax.Array)
+            and jnp.issubdtype(x.dtype, jnp.inexact)
+            and num_slots in (x.shape[:1] if x.ndim == 2 else x.shape[:2] if x.ndim > 2 else ())
+        )
+        if alike and flat[found[0][0]][1].sharding.mesh.shape[axis_name] == 1:
+            raise ValueError(
+                f"{jax.tree_util.keystr(path)} {x.shape} may be a bank of {num_slots} slots, but "
+                f"its sharding does not name {axis_name!r}, as others do; on one rank, what `jit` "
+                "makes may not: put all banks there with jax.device_put(x, NamedSharding(mesh, "
+                f"PartitionSpec({axis_name!r})))"
+            )
 
 
 def _place(x, axis_name: str):

@@ -8,7 +8,7 @@ from jax_eplb.mesh import one_process
 from jax_eplb.moving import packs
 from jax_eplb.moving.banks import Banks, find_banks
 from jax_eplb.moving.exchange import exchange_rows
-from jax_eplb.moving.rows import read_rows, write_rows
+from jax_eplb.moving.rows import read_rows, write_program
 from jax_eplb.moving.staging import padded
 
 
@@ -39,4 +39,4 @@ def prepare_moves(
             read.compile()
             if collective or not one_process(spread.mesh):
                 exchange_rows.lower(rows, table, spread=spread, specs=specs).compile()
-            write_rows.lower(arrays, rows, table, spread=spread).compile()
+            write_program.lower(arrays, rows, table, spread=spread).compile()

@@ -35,11 +35,24 @@ def read_rows(banks: list[jax.Array], table: np.ndarray, *, spread: Spread) -> R
     )(banks, jnp.asarray(table))
 
 
-@functools.partial(jax.jit, static_argnames="spread", donate_argnums=0)
 def write_rows(
     banks: list[jax.Array], rows: Rows, table: np.ndarray, *, spread: Spread
 ) -> list[jax.Array]:
     """The banks, used up, with each rank's rows in the slots of `table`; slot N is nowhere."""
+    shardings = [bank.sharding for bank in banks]
+    written = write_program(banks, rows, table, spread=spread)
+    # On one rank a result may not name the axis, and banks are found by its name.
+    return [
+        bank if bank.sharding == sharding else jax.device_put(bank, sharding)
+        for bank, sharding in zip(written, shardings, strict=True)
+    ]
+
+
+@functools.partial(jax.jit, static_argnames="spread", donate_argnums=0)
+def write_program(
+    banks: list[jax.Array], rows: Rows, table: np.ndarray, *, spread: Spread
+) -> list[jax.Array]:
+    """The program of `write_rows`."""
 
     def local(banks, rows, table):
         mine = table[jax.lax.axis_index(spread.axis_name)]
