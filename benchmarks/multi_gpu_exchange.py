@@ -64,6 +64,7 @@ def measure_exchange(
         placement = Placement.default(
             num_experts=shape.experts, num_ranks=num_ranks, num_layers=layers
         )
+        params = None  # the last shape's, before there are others
         params = make_params(shape, plain, mesh, layers, dtype)
         tables = place_tables(placement, plain, mesh)
         for num_tokens in batches:

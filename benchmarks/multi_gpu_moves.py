@@ -74,6 +74,7 @@ def measure_moves(
         )
         table = np.asarray(placement.slot_to_expert)
         say(f"moves, {shape.name}")
+        params = None  # the last shape's, before there are others
         params = make_params(shape, config, mesh, stack, dtype)
         most, own = min(_MOST_SLOTS, num_slots // holders), holders // num_ranks
         megabytes = own * shape.expert_bytes(dtype) / 1e6  # a slot of each holder
@@ -159,21 +160,24 @@ def _cycle(placement: Placement, layers: int, holders: int, config, mesh: Mesh):
 
 
 def _steps(step, params, tokens, cycle, count: int, *, moving: bool):
-    """Parameters after so many steps, and the time of each in ms: as a serving loop, which reads
-    the result of each step, and dispatches the next moves and the step after it together."""
+    """Parameters after so many steps, and the time of each in ms.
+
+    As a loop that reads the result of each step, with what a balancer does between and behind them.
+    """
     tables, times = cycle[-1][1], []
-    staged = None
+    staged = after = None
     turns = itertools.cycle(cycle)
     for _ in range(count):
         start = time.perf_counter()
+        if staged is not None:
+            params, tables = apply_moves(params, staged), after
+        out, counts = step(params, tables, tokens)
         if moving:
             moves, after = next(turns)
             staged = stage_moves(params, moves)
-        out, counts = step(params, tables, tokens)
-        if staged is not None:
-            params, tables = apply_moves(params, staged), after
         jax.block_until_ready((out, counts))
         times.append(1e3 * (time.perf_counter() - start))
+    params = apply_moves(params, *filter(None, [staged]))
     jax.block_until_ready(params)
     return params, times
 

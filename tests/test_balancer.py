@@ -11,7 +11,7 @@ import pytest
 
 from jax_eplb import Placement, expert_mesh
 from jax_eplb.models import parameters
-from jax_eplb.moving import RebalanceError, staging
+from jax_eplb.moving import RebalanceError, stage_moves, staging
 from jax_eplb.online import (
     Balancer,
     BalancerConfig,
@@ -124,6 +124,27 @@ def test_a_placement_is_in_force_from_the_iteration_that_was_fixed_beforehand(la
     assert all(least <= u.step - u.decided_at <= 3 + moving for u in updates)
     assert updates[0].decided_at == 1
     assert weights_fit(made)
+
+
+def test_rows_are_sent_behind_the_step_which_does_not_wait_for_that(monkeypatch):
+    made, events = engine(), []
+
+    def told(name, function):
+        def run(*args, **keywords):
+            events.append(name)
+            return function(*args, **keywords)
+
+        return run
+
+    monkeypatch.setattr(made, "_launch", told("launch", made._launch))
+    for name in ("between_steps", "after_step"):
+        monkeypatch.setattr(made.balancer, name, told(name, getattr(made.balancer, name)))
+    monkeypatch.setattr(flight, "stage_moves", told("send", stage_moves))
+    made.run(REQUESTS)
+    sent = [i for i, name in enumerate(events) if name == "send"]
+    assert sent
+    before = [[x for x in events[:i] if x != "send"] for i in sent]
+    assert all(x[-3:] == ["between_steps", "launch", "after_step"] for x in before)
 
 
 def test_the_effect_told_is_what_was_measured():

@@ -125,16 +125,25 @@ def test_no_bank_and_two_meshes_are_refused():
 
 
 def test_on_one_rank_no_bank_is_overlooked_because_its_sharding_does_not_name_the_axis():
-    mesh = expert_mesh(1)
-    tree = stacked_tree(TABLE, E, mesh) | {"counts": put(np.zeros((L, S), np.int32), mesh)}
-    assert [len(group.leaves) for group in find_banks(tree, num_slots=S).groups] == [4]
-    tree["moments"] = {"mu": put(np.zeros((L, S, 3), np.float32), mesh)}
-    with pytest.raises(ValueError, match=r"'mu'\] \(2, 12, 3\) may be a bank of 12.*device_put"):
-        find_banks(tree, num_slots=S, layer_ids=(0, 1))
-    # With several ranks an array that all of them have is no bank.
-    tree = stacked_tree(TABLE, E, expert_mesh(RANKS))
-    tree["moments"] = {"mu": put(np.zeros((L, S, 3), np.float32), expert_mesh(RANKS))}
-    assert [len(group.leaves) for group in find_banks(tree).groups] == [3]
+    def tree_on(mesh):
+        tree = stacked_tree(TABLE, E, mesh)
+        tree["experts"]["ids"] = put(np.zeros((L, S, 2), np.int32), mesh)
+        return tree | {"attention": put(np.zeros((L, S, 7), np.float32), mesh)}
+
+    def unnamed(x):
+        return put(np.asarray(x), x.sharding.mesh)
+
+    for name, place in (("bias", "experts"), ("mu", "moments")):
+        for ranks in (1, RANKS):
+            tree = tree_on(expert_mesh(ranks))
+            assert [len(group.leaves) for group in find_banks(tree, num_slots=S).groups] == [4]
+            source = tree["experts"]["gate_up"]
+            tree[place][name] = unnamed(source[..., 0] if name == "bias" else source)
+            if ranks > 1:  # an array that all ranks have is no bank
+                find_banks(tree, num_slots=S)
+                continue
+            with pytest.raises(ValueError, match=rf"'{name}'\] \(2, 12, .* may be a bank.*put all"):
+                find_banks(tree, num_slots=S, layer_ids=(0, 1))
 
 
 def test_a_tree_of_another_structure_is_refused():

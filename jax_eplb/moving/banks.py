@@ -119,7 +119,7 @@ def find_banks(
     groups: dict[int | None, list] = {}
     for index, path, axis, inner in banks:
         groups.setdefault(None if axis else position(path), []).append((index, inner))
-    _check_named(flat, found, num_slots, axis_name)
+    _check_named(flat, banks, axis_name)
     if not groups:
         shapes = [f"{jax.tree_util.keystr(path)} {flat[i][1].shape}" for i, path, *_ in found]
         wanted = "(S, …) or (L, S, …)" if num_slots is None else f"{num_slots} slots"
@@ -135,24 +135,27 @@ def find_banks(
     )
 
 
-def _check_named(flat, found, num_slots: int | None, axis_name: str) -> None:
-    """Raise ValueError where an array of one rank looks like a bank, and others name the axis."""
+def _check_named(flat, found, axis_name: str) -> None:
+    """Raise ValueError where one rank has banks that name the axis, and others like them do not.
+
+    Like a bank is what stands beside it with as many slots, or has its shape.
+    """
+    if not found or flat[found[0][0]][1].sharding.mesh.shape[axis_name] > 1:
+        return
     named = {index for index, *_ in found}
+    banks = [(path[:-1], flat[index][1].shape, axis + 1) for index, path, axis, _ in found]
     for index, (path, x) in enumerate(flat):
-        alike = (
-            found
-            and index not in named
-            and isinstance(x, jax.Array)
-            and jnp.issubdtype(x.dtype, jnp.inexact)
-            and num_slots in (x.shape[:1] if x.ndim == 2 else x.shape[:2] if x.ndim > 2 else ())
-        )
-        if alike and flat[found[0][0]][1].sharding.mesh.shape[axis_name] == 1:
-            raise ValueError(
-                f"{jax.tree_util.keystr(path)} {x.shape} may be a bank of {num_slots} slots, but "
-                f"its sharding does not name {axis_name!r}, as others do; on one rank, what `jit` "
-                "makes may not: put all banks there with jax.device_put(x, NamedSharding(mesh, "
-                f"PartitionSpec({axis_name!r})))"
-            )
+        if index in named or not isinstance(x, jax.Array) or jnp.issubdtype(x.dtype, jnp.integer):
+            continue
+        for beside, shape, slots in banks:
+            as_many = x.ndim > slots and x.shape[:slots] == shape[:slots]
+            if x.shape == shape or (as_many and path[:-1] == beside):
+                raise ValueError(
+                    f"{jax.tree_util.keystr(path)} {x.shape} may be a bank, but its sharding does "
+                    f"not name {axis_name!r}, as others do; on one rank, what `jit` makes may not: "
+                    "put all banks there with jax.device_put(x, NamedSharding(mesh, "
+                    f"PartitionSpec({axis_name!r})))"
+                )
 
 
 def _place(x, axis_name: str):

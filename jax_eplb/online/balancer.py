@@ -32,7 +32,7 @@ from jax_eplb.online.events import CapacitySet, Listener, Stall, Tell, log_event
 from jax_eplb.online.flight import Flights
 from jax_eplb.online.measure import measured_costs
 from jax_eplb.online.state import BalancerState, looks_after, with_load
-from jax_eplb.online.worker import SLOTS_AT_ONCE, Outcome, Worker, failure
+from jax_eplb.online.worker import SLOTS_AT_ONCE, Outcome, Update, Worker, failure
 from jax_eplb.online.worth import Costs
 from jax_eplb.placement import Placement
 from jax_eplb.tables import PlacementTables
@@ -85,6 +85,8 @@ class Balancer:
         self._due: collections.deque = collections.deque()  # (iteration, epoch, future)
         self._asked: collections.deque = collections.deque()  # (question, epoch, outcome)
         self._epoch = 0  # of the placement that plans start from; a failure begins another
+        self._leaving: Update | None = None  # to be sent behind the step, so that none waits for it
+        self._given: tuple[Any, PlacementTables] | None = None  # parameters and tables of the step
         self._flights = Flights(self._worker.state.table, self._worker.derive)
         self._error: Exception | None = None
         self._stalls: collections.deque[float] = collections.deque(maxlen=_STALLS_KEPT)
@@ -130,12 +132,13 @@ class Balancer:
             check_agreement(self._ask(Outcome(), self._gather))
 
     def between_steps(self, params: Any, tables: PlacementTables) -> tuple[Any, PlacementTables]:
-        """Before an iteration: put in force what is on its way, and send what was decided.
+        """Before an iteration: put in force what is on its way, and take what was decided.
 
         Returns the parameters and tables to go on with; the banks among those given are used up
-        where a placement comes into force. Raises BalancerError where something failed before
-        (unless `stop_on_failure` is off) and DigestMismatch where processes disagreed: everything
-        is then as it was.
+        where a placement comes into force. `after_step` sends rows of those returned, so the step
+        must leave them whole (not take them as donated). Raises BalancerError where something
+        failed before (unless `stop_on_failure` is off) and DigestMismatch where processes
+        disagreed: everything is then as it was.
         """
         begun = time.perf_counter()
         self._raise_error()
@@ -156,6 +159,8 @@ class Balancer:
                 params, tables = self._take(outcome, params, tables)
             else:
                 self._asked.append((self._ask(outcome, self._gather), epoch, outcome))
+        if self._leaving is not None:
+            self._given = params, tables
         self._held += time.perf_counter() - begun
         return params, tables
 
@@ -163,9 +168,11 @@ class Balancer:
         """Hand over an iteration's counts: int[P, L, E] by routing rank, and int[P, L] by rank.
 
         Device arrays of a step that may still run; returns at once. Arrays that other processes
-        hold parts of must come replicated.
+        hold parts of must come replicated. What was decided goes on its way, behind the step.
         """
         begun = time.perf_counter()
+        if self._given is not None:
+            self._send(*self._given)
         work = self._thread.submit(self._worker.work, self.iteration, expert_tokens, rank_tokens)
         due = self.iteration + 1 + self.config.planning_iterations
         self._due.append((due, self._epoch, work))
@@ -257,7 +264,7 @@ class Balancer:
 
     def _ask(self, outcome: Outcome, gather: Gather) -> Question:
         """Ask the other processes whether they came to the same."""
-        wanted = self._flights.table_after(*filter(None, [outcome.update]))
+        wanted = self._flights.table_after(*filter(None, [self._leaving, outcome.update]))
         if outcome.error is not None:
             wanted[:] = -1  # so that processes where nothing failed stop, too
         capacity = self._worker.state.capacity  # only `set_capacity` changes it
@@ -275,22 +282,31 @@ class Balancer:
     def _take(
         self, outcome: Outcome, params: Any, tables: PlacementTables
     ) -> tuple[Any, PlacementTables]:
-        """What was decided goes on its way."""
+        """What was decided will go on its way."""
         update = outcome.update
+        if self._leaving is not None:
+            self._send(params, tables)
         if outcome.error is not None:
             self._fail(outcome.stage, (), outcome.error, told=True)
         elif update is not None:
             # Rows are read from slots as they will be: what comes before in a layer goes first.
-            epoch, layers = self._epoch, update.decision.layers
-            while self._flights.touch(layers):
+            epoch = self._epoch
+            while self._flights.touch(update.decision.layers):
                 params, tables = self._flip(params, tables)
             if epoch == self._epoch:
-                try:
-                    due = self.iteration + self.config.moving_iterations
-                    self._flights.send(update, params, tables, due)
-                except Exception as error:
-                    self._fail("staging", layers, error)
+                self._leaving = update
         return params, tables
+
+    def _send(self, params: Any, tables: PlacementTables) -> None:
+        """What leaves goes on its way."""
+        update, self._leaving, self._given = self._leaving, None, None
+        if update is None:
+            return
+        try:
+            due = self.iteration + self.config.moving_iterations
+            self._flights.send(update, params, tables, due)
+        except Exception as error:
+            self._fail("staging", update.decision.layers, error)
 
     def _fail(self, stage: str, layers, error: Exception, told: bool = False) -> None:
         """Tell of it, and plan from the placement that stays in force."""
@@ -308,6 +324,7 @@ class Balancer:
     def _start_anew(self, table: np.ndarray) -> None:
         """Drop what was decided and is not in force; the worker plans from `table`."""
         self._epoch += 1
+        self._leaving = self._given = None
         self._flights.restart(table)
         self._thread.submit(self._worker.restart, table)
 
