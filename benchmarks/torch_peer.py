@@ -32,22 +32,19 @@ def main() -> None:
 
 def burst_ms(torch, call, bursts=5, burst_seconds=0.02, rest_seconds=0.05):
     """As `benchmarks.ceilings.burst_ms`."""
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    calls = math.ceil(min(100.0, burst_seconds / (time.perf_counter() - start)))
-    times = []
-    for _ in range(bursts):
+
+    def seconds(count):
         time.sleep(rest_seconds)
         start = time.perf_counter()
-        for _ in range(calls):
+        for _ in range(count):
             call()
         torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start) / calls)
-    return sorted(times)[bursts // 2]
+        return time.perf_counter() - start
+
+    seconds(3)
+    calls = math.ceil(min(100.0, burst_seconds / seconds(1)))
+    times = sorted(seconds(2 * calls) - seconds(calls) for _ in range(bursts))
+    return 1e3 * times[bursts // 2] / calls
 
 
 def product_ms(torch, groups, num_rows, depth, width, sizes):

@@ -1,6 +1,7 @@
 """The benchmarks of the grouped product and of the layer, at tiny sizes."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -75,6 +76,22 @@ def test_a_call_that_does_not_compile_leaves_its_reason():
     found = compile_all({"good": (abs, [1.0]), "wrong": (wrong, [1.0])})
     assert found["good"](-2.0) == 2
     assert found["wrong"] == "ValueError: too small"
+
+
+def test_on_a_gpu_what_a_burst_takes_to_begin_and_to_end_is_no_calls(monkeypatch):
+    clock, waiting = [0.0], []
+
+    def call():
+        waiting.append(1)
+
+    def wait(result):
+        clock[0] += 0.5e-3 + 1e-3 * len(waiting)
+        waiting.clear()
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "block_until_ready", wait)
+    monkeypatch.setattr(ceilings, "time", SimpleNamespace(perf_counter=lambda: clock[0], sleep=id))
+    assert burst_ms(call) == pytest.approx(1.0)
 
 
 def test_all_processes_make_as_many_calls_in_a_burst(monkeypatch):
