@@ -2,8 +2,8 @@
 
 A GPU lowers its clocks under a long load. So each figure is taken from short bursts of calls after
 a rest, the ceilings too, and the median of the bursts counts. Launching the first call and hearing
-of the last takes up to half a millisecond, which is no call's: a burst is compared with one of twice
-as many calls.
+of the last takes up to half a millisecond, which is no call's: there a burst is compared with one
+of twice as many calls.
 """
 
 import argparse
