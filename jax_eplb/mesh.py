@@ -7,13 +7,22 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, Sharding
 
+# A collective holds one of XLA's threads until all devices have come to it, and a device may be in
+# several that do not depend on each other. XLA has as many threads as devices or cores, unless
+# NPROC says how many; where they are too few, devices wait for each other for ever.
+_THREADS_OF_A_DEVICE = 8
+
 
 def simulate_devices(num_devices: int) -> None:
     """Let the CPU count as so many devices, for a program that starts; accelerators stay first.
 
-    Does nothing where XLA_FLAGS, or JAX's own setting, ask for as many already, or where JAX has
-    been used before, which settles the number of devices: `expert_mesh` says if they are too few.
+    With threads enough for them, by NPROC, unless it is set. Does nothing else where XLA_FLAGS, or
+    JAX's own setting, ask for as many already, or where JAX has been used before, which settles the
+    number of devices: `expert_mesh` says if they are too few.
     """
+    if num_devices > 1:
+        threads = max(os.cpu_count() or 1, _THREADS_OF_A_DEVICE * num_devices)
+        os.environ.setdefault("NPROC", str(threads))
     by_flag = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if by_flag or jax.config.values["jax_num_cpu_devices"] >= num_devices:
         return
@@ -39,8 +48,8 @@ def expert_mesh(num_ranks: int | None = None, axis_name: str = "expert") -> Mesh
         raise ValueError(
             f"{num_ranks} ranks need as many devices; there are {len(jax.devices())} "
             f"({jax.default_backend()}) and {len(devices)} on the CPU. To simulate them on the "
-            f"CPU, set XLA_FLAGS=--xla_force_host_platform_device_count={num_ranks} before JAX "
-            "is first used"
+            f"CPU, set XLA_FLAGS=--xla_force_host_platform_device_count={num_ranks} and "
+            f"NPROC={_THREADS_OF_A_DEVICE * num_ranks} (XLA's threads) before JAX is first used"
         )
     return jax.make_mesh(
         (num_ranks,),

@@ -4,7 +4,8 @@ Axes: T tokens of this rank, K choices per token, P ranks, N slots per rank, D e
 rows that a rank sends in one wave, M rows that it computes in one. A choice is one (token, k) pair.
 
 Waves go on until the fullest pair of ranks is done, so no token is ever dropped, and with a bound
-on the rows the buffers stay what they are however skewed the load. Rows are computed in blocks of
+on the rows the buffers stay what they are however skewed the load. While a wave is computed the
+next one's rows travel. Rows are computed in blocks of
 one size, placed, and added in the order of the choices: so neither the placement, nor the waves,
 nor the way they travel changes a bit of the result. The gradient walks the same waves again and
 computes each one anew, so that training is bounded alike.
@@ -63,15 +64,17 @@ def exchange(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _exchange(compute: Compute, sizes: ExchangeSizes, ranks: Ranks, tokens, weights, order, params):
-    def run(transport, wave):
-        rows = transport.send_tokens(wave, tokens)
+    def send(transport, wave):
+        return transport.send_tokens(wave, tokens)
+
+    def run(transport, wave, rows):
         computed = compute(rows, params, wave.group_sizes)
         return transport.send_back(wave, computed), wave.group_sizes.sum()
 
     def finish(results, place):
         return _sum_by_token(results, place, weights)
 
-    return _in_waves(sizes, ranks, order, run, finish, like=tokens)
+    return _in_waves(sizes, ranks, order, send, run, finish, like=tokens)
 
 
 def _exchange_forward(compute, sizes, ranks, *arrays):
@@ -82,10 +85,13 @@ def _exchange_backward(compute, sizes, ranks, arrays, grads):
     tokens, weights, order, params = arrays
     grad_sums = grads[0].astype(tokens.dtype)
 
-    def run(transport, wave):
+    def send(transport, wave):
         rows = transport.send_tokens(wave, tokens)
         grad_rows = transport.send_tokens(wave, grad_sums)
-        weight = transport.send_choices(wave, weights)[:, None]
+        return rows, grad_rows, transport.send_choices(wave, weights)[:, None]
+
+    def run(transport, wave, sent):
+        rows, grad_rows, weight = sent
         computed, transpose = jax.vjp(
             lambda rows, params: compute(rows, params, wave.group_sizes), rows, params
         )
@@ -106,7 +112,7 @@ def _exchange_backward(compute, sizes, ranks, arrays, grads):
         return grad_tokens, grad_weight.at[place].get(mode="fill", fill_value=0)
 
     (grad_tokens, grad_weights), grad_params = _in_waves(
-        sizes, ranks, order, run, finish, like=tokens
+        sizes, ranks, order, send, run, finish, like=tokens
     )
     return grad_tokens, grad_weights, None, grad_params
 
@@ -114,11 +120,11 @@ def _exchange_backward(compute, sizes, ranks, arrays, grads):
 _exchange.defvjp(_exchange_forward, _exchange_backward)
 
 
-def _in_waves(sizes: ExchangeSizes, ranks: Ranks, order: SlotOrder, run, finish, like: Array):
+def _in_waves(sizes: ExchangeSizes, ranks: Ranks, order: SlotOrder, send, run, finish, like: Array):
     """Run the waves that it takes: what `finish` makes of all rows, and the sum of the rest.
 
-    `run(transport, wave)` gives rows of the send buffer, and values to add up over waves;
-    `finish(rows, place)` is given a table of rows, and each choice's row in it.
+    `run(transport, wave, send(transport, wave))` gives rows of the send buffer, and values to add
+    up over waves; `finish(rows, place)` is given a table of rows, and each choice's row in it.
     """
 
     def transport_of(capacity):
@@ -129,7 +135,7 @@ def _in_waves(sizes: ExchangeSizes, ranks: Ranks, order: SlotOrder, run, finish,
     def once(capacity):
         transport = transport_of(capacity)
         wave = transport.wave(0)
-        rows, total = run(transport, wave)
+        rows, total = run(transport, wave, send(transport, wave))
         return finish(rows, wave.place), total
 
     if not sizes.in_waves:
@@ -147,25 +153,34 @@ def _in_waves(sizes: ExchangeSizes, ranks: Ranks, order: SlotOrder, run, finish,
     (capacity,) = sizes.capacities
     transport, num_choices = transport_of(capacity), order.choice.size
 
-    def body(index, carry):
-        placed, total = carry
-        wave = transport.wave(index)
-        rows, more = run(transport, wave)
+    def add_wave(done, wave, sent):
+        placed, total = done
+        rows, more = run(transport, wave, sent)
         placed = jax.tree.map(lambda x, new: x.at[wave.choice].set(new, mode="drop"), placed, rows)
         return placed, jax.tree.map(jnp.add, total, more)
+
+    def body(index, carry):
+        done, wave, sent = carry
+        following = transport.wave(index + 1)
+        coming = send(transport, following)  # while the one at hand is computed
+        return equally_varying((add_wave(done, wave, sent), following, coming))
 
     def zeros(x, shape):
         return zeros_varying_like(shape, x.dtype, like)
 
-    rows, total = jax.eval_shape(lambda: run(transport, transport.wave(0)))
-    carry = (
+    wave = transport.wave(0)
+    sent = send(transport, wave)
+    rows, total = jax.eval_shape(lambda: run(transport, wave, sent))
+    done = (
         jax.tree.map(lambda x: zeros(x, (num_choices, *x.shape[1:])), rows),
         jax.tree.map(lambda x: zeros(x, x.shape), total),
     )
-    placed, total = jax.lax.fori_loop(0, transport.num_waves(), body, carry)
-    return finish(
-        placed, jnp.arange(num_choices, dtype=jnp.int32).reshape(order.place.shape)
-    ), total
+    carry = equally_varying((done, wave, sent))
+    # The last wave has none to wait for, so it is not the loop's.
+    done, wave, sent = jax.lax.fori_loop(0, transport.num_waves() - 1, body, carry)
+    placed, total = add_wave(done, wave, sent)
+    place = jnp.arange(num_choices, dtype=jnp.int32).reshape(order.place.shape)
+    return finish(placed, place), total
 
 
 def _sum_by_token(rows, place: Int[Array, "T K"], weights: Float[Array, "T K"]):
