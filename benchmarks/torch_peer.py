@@ -43,8 +43,8 @@ def burst_ms(torch, call, bursts=5, burst_seconds=0.02, rest_seconds=0.05):
 
     seconds(3)
     calls = math.ceil(min(100.0, burst_seconds / seconds(1)))
-    times = sorted(seconds(2 * calls) - seconds(calls) for _ in range(bursts))
-    return 1e3 * times[bursts // 2] / calls
+    once, twice = zip(*((seconds(calls), seconds(2 * calls)) for _ in range(bursts)), strict=True)
+    return 1e3 * (min(twice) - min(once)) / calls
 
 
 def product_ms(torch, groups, num_rows, depth, width, sizes):
