@@ -94,19 +94,19 @@ def test_what_it_cannot_take_is_refused_with_what_it_takes(rows, weights, activa
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "num_groups", "width", "gated", "block"),
+    ("num_rows", "num_groups", "depth", "width", "gated", "block"),
     [
-        (1024, 36, 2048, False, (64, 256, False)),  # 28 rows a group
-        (32768, 36, 2048, False, (128, 256, False)),  # 17 rounds of 256 columns, or 23 of 192
-        (32768, 36, 7168, False, (128, 256, True)),  # weights that are worth sharing
-        (2048, 9, 2048, False, (128, 192, True)),  # two rounds of either
-        (2048, 9, 4096, True, (128, 256, False)),  # gate and up need halves of 64
+        (1024, 36, 7168, 2048, False, (64, 256, False)),  # 28 rows a group
+        (32768, 36, 7168, 2048, False, (128, 256, True)),  # 17 rounds of 256 columns, or 23 of 192
+        (32768, 128, 768, 2048, False, (128, 256, False)),  # small weights are not worth sharing
+        (2048, 9, 7168, 2048, False, (128, 192, True)),  # two rounds of either
+        (2048, 9, 7168, 4096, True, (128, 256, True)),  # gate and up need halves of 64
     ],
 )
-def test_tiles_are_short_for_few_rows_narrow_where_rounds_would_be_half_empty_and_shared_if_wide(
-    num_rows, num_groups, width, gated, block
+def test_tiles_are_short_for_few_rows_narrow_where_rounds_would_be_half_empty_and_shared_if_large(
+    num_rows, num_groups, depth, width, gated, block
 ):
-    tiles = _tiles(num_rows, num_groups, width, gated, num_blocks=132)
+    tiles = _tiles(num_rows, num_groups, depth, width, gated, num_blocks=132)
     assert (tiles.block_m, tiles.block_n, tiles.pair) == block
 
 

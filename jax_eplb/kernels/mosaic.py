@@ -15,12 +15,12 @@ from jax_eplb.kernels.mosaic_tiles import Tiles
 from jax_eplb.kernels.stack import stack_gradient
 from jax_eplb.kernels.tile_table import STEP
 
-# With wide weights pairs take 3 to 6 percent off the time of a product; with narrower ones, whose
-# columns a few blocks go through together, sharing costs 1 to 3 percent. Where a group has fewer
-# rows than a tile of 128, tiles of 64 leave more of the shared memory's bandwidth to the weights.
-# Measured on an H100.
+# Where a group's weights are large, pairs take 3 to 9 percent off the time of a product; small ones
+# come from the cache, and sharing them costs 1 to 3 percent. Where a group has fewer rows than a
+# tile of 128, tiles of 64 leave more of the shared memory's bandwidth to the weights. Measured on
+# an H100.
 _TALL, _SHORT = Tiles(block_m=128), Tiles(block_m=64)
-_WIDE, _TALL_PAIR = 4096, Tiles(block_m=128, pair=True)  # wider than so many columns
+_LARGE, _TALL_PAIR = 1 << 23, Tiles(block_m=128, pair=True)  # more than so many weights of a group
 # Read the rows more often, but more evenly sized rounds can be worth it: a fifth of the time of
 # 2,048 rows in 9 groups, 7168 -> 2048.
 _NARROW = Tiles(block_m=128, block_n=192, pair=True)
@@ -62,14 +62,16 @@ def _multiply(rows, weights, group_sizes, layer, activation: str | None = None, 
     if activation is not None:
         named = activation_named(activation)
         options |= {"activation": named.function, "gated": named.gated}
-    width = weights.shape[2 if options.get("transpose_weights") else 3]
-    tiles = _tiles(len(rows), len(group_sizes), width, options.get("gated", False), num_blocks)
+    matrix = weights.shape[:1:-1] if options.get("transpose_weights") else weights.shape[2:]
+    tiles = _tiles(len(rows), len(group_sizes), *matrix, options.get("gated", False), num_blocks)
     return mosaic_product(
         rows, weights, group_sizes, layer, tiles, num_blocks=num_blocks, **options
     )
 
 
-def _tiles(num_rows: int, num_groups: int, width: int, gated: bool, num_blocks: int) -> Tiles:
+def _tiles(
+    num_rows: int, num_groups: int, depth: int, width: int, gated: bool, num_blocks: int
+) -> Tiles:
     """For products of this size on so many multiprocessors."""
     if num_rows < _TALL.block_m * num_groups:
         return _SHORT
@@ -79,7 +81,7 @@ def _tiles(num_rows: int, num_groups: int, width: int, gated: bool, num_blocks: 
         rows_of_tiles = num_rows / tiles.block_m + num_groups / 2
         return tiles.block_n * math.ceil(rows_of_tiles * -(-width // tiles.block_n) / num_blocks)
 
-    tall = _TALL_PAIR if width > _WIDE else _TALL
+    tall = _TALL_PAIR if depth * width > _LARGE else _TALL
     # Half of 192 columns, of gate and of up each, would be no multiple of 64.
     saves = not gated and columns_of_a_block(_NARROW) < 0.9 * columns_of_a_block(tall)
     return _NARROW if saves else tall
