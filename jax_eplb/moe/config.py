@@ -29,8 +29,8 @@ class MoEConfig:
     """Static sizes and choices of an MoE layer; hashable, so `jit` takes it whole.
 
     `moe_max_num_tokens` (TensorRT-LLM's name) bounds the rows that a rank receives and computes in
-    one round of the exchange; a fuller batch takes more rounds. None: one round does, with buffers
-    for the worst case.
+    one wave of the exchange; a fuller batch takes more waves, of which the next arrives while one
+    is computed. None: one wave does, with buffers for the worst case.
     """
 
     embed_dim: int  # D
