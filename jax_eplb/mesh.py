@@ -10,7 +10,7 @@ from jax.sharding import Mesh, Sharding
 # A collective holds one of XLA's threads until all devices have come to it, and a device may be in
 # several that do not depend on each other. XLA has as many threads as devices or cores, unless
 # NPROC says how many; where they are too few, devices wait for each other for ever.
-_THREADS_OF_A_DEVICE = 8
+_THREADS_OF_A_DEVICE = 4
 
 
 def simulate_devices(num_devices: int) -> None:

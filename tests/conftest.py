@@ -36,7 +36,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 # Threads for eight devices, as `simulate_devices` has them.
-os.environ.setdefault("NPROC", "64")
+os.environ.setdefault("NPROC", "32")
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -36,7 +36,7 @@ def test_a_mesh_of_no_ranks_is_refused(num_ranks):
 def test_too_few_devices_are_refused_with_the_way_to_simulate_them():
     message = (
         "9 ranks need as many devices; there are 8 (cpu) and 8 on the CPU. To simulate them on "
-        "the CPU, set XLA_FLAGS=--xla_force_host_platform_device_count=9 and NPROC=72 (XLA's "
+        "the CPU, set XLA_FLAGS=--xla_force_host_platform_device_count=9 and NPROC=36 (XLA's "
         "threads) before JAX is first used"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -62,7 +62,7 @@ def test_simulated_devices_have_threads_for_collectives_that_do_not_depend_on_ea
         "print(sum('XLAEigen' in x.read_text() for x in Path('/proc/self/task').glob('*/comm')))"
     )
     cores = os.cpu_count() or 1
-    assert devices_in_a_new_process(program) == [str(max(cores, 16))] * 2
+    assert devices_in_a_new_process(program) == [str(max(cores, 8))] * 2
     assert devices_in_a_new_process(program, NPROC="5") == ["5", "5"]
 
 
