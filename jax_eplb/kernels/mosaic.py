@@ -62,8 +62,9 @@ def _multiply(rows, weights, group_sizes, layer, activation: str | None = None, 
     if activation is not None:
         named = activation_named(activation)
         options |= {"activation": named.function, "gated": named.gated}
-    matrix = weights.shape[:1:-1] if options.get("transpose_weights") else weights.shape[2:]
-    tiles = _tiles(len(rows), len(group_sizes), *matrix, options.get("gated", False), num_blocks)
+    depth, width = weights.shape[:1:-1] if options.get("transpose_weights") else weights.shape[2:]
+    sizes = len(rows), len(group_sizes), depth, width
+    tiles = _tiles(*sizes, options.get("gated", False), num_blocks)
     return mosaic_product(
         rows, weights, group_sizes, layer, tiles, num_blocks=num_blocks, **options
     )
