@@ -74,7 +74,7 @@ def _exchange(compute: Compute, sizes: ExchangeSizes, ranks: Ranks, tokens, weig
     def finish(results, place):
         return _sum_by_token(results, place, weights)
 
-    return _in_waves(sizes, ranks, order, send, run, finish, like=tokens)
+    return _in_waves(sizes, ranks, order, send, run, finish)
 
 
 def _exchange_forward(compute, sizes, ranks, *arrays):
@@ -111,16 +111,14 @@ def _exchange_backward(compute, sizes, ranks, arrays, grads):
         grad_tokens = _sum_by_token(grad_rows, place, ones).astype(tokens.dtype)
         return grad_tokens, grad_weight.at[place].get(mode="fill", fill_value=0)
 
-    (grad_tokens, grad_weights), grad_params = _in_waves(
-        sizes, ranks, order, send, run, finish, like=tokens
-    )
+    (grad_tokens, grad_weights), grad_params = _in_waves(sizes, ranks, order, send, run, finish)
     return grad_tokens, grad_weights, None, grad_params
 
 
 _exchange.defvjp(_exchange_forward, _exchange_backward)
 
 
-def _in_waves(sizes: ExchangeSizes, ranks: Ranks, order: SlotOrder, send, run, finish, like: Array):
+def _in_waves(sizes: ExchangeSizes, ranks: Ranks, order: SlotOrder, send, run, finish):
     """Run the waves that it takes: what `finish` makes of all rows, and the sum of the rest.
 
     `run(transport, wave, send(transport, wave))` gives rows of the send buffer, and values to add
@@ -165,15 +163,12 @@ def _in_waves(sizes: ExchangeSizes, ranks: Ranks, order: SlotOrder, send, run, f
         coming = send(transport, following)  # while the one at hand is computed
         return equally_varying((add_wave(done, wave, sent), following, coming))
 
-    def zeros(x, shape):
-        return zeros_varying_like(shape, x.dtype, like)
-
     wave = transport.wave(0)
     sent = send(transport, wave)
     rows, total = jax.eval_shape(lambda: run(transport, wave, sent))
     done = (
-        jax.tree.map(lambda x: zeros(x, (num_choices, *x.shape[1:])), rows),
-        jax.tree.map(lambda x: zeros(x, x.shape), total),
+        jax.tree.map(lambda x: jnp.zeros((num_choices, *x.shape[1:]), x.dtype), rows),
+        jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), total),
     )
     carry = equally_varying((done, wave, sent))
     # The last wave has none to wait for, so it is not the loop's.

@@ -85,8 +85,8 @@ class Balancer:
         self._due: collections.deque = collections.deque()  # (iteration, epoch, future)
         self._asked: collections.deque = collections.deque()  # (question, epoch, outcome)
         self._epoch = 0  # of the placement that plans start from; a failure begins another
-        self._leaving: Update | None = None  # to be sent behind the step, so that none waits for it
-        self._given: tuple[Any, PlacementTables] | None = None  # parameters and tables of the step
+        # An update with the step's parameters and tables, sent behind it so that it does not wait.
+        self._leaving: tuple[Update, Any, PlacementTables] | None = None
         self._flights = Flights(self._worker.state.table, self._worker.derive)
         self._error: Exception | None = None
         self._stalls: collections.deque[float] = collections.deque(maxlen=_STALLS_KEPT)
@@ -159,8 +159,6 @@ class Balancer:
                 params, tables = self._take(outcome, params, tables)
             else:
                 self._asked.append((self._ask(outcome, self._gather), epoch, outcome))
-        if self._leaving is not None:
-            self._given = params, tables
         self._held += time.perf_counter() - begun
         return params, tables
 
@@ -171,8 +169,7 @@ class Balancer:
         hold parts of must come replicated. What was decided goes on its way, behind the step.
         """
         begun = time.perf_counter()
-        if self._given is not None:
-            self._send(*self._given)
+        self._send()
         work = self._thread.submit(self._worker.work, self.iteration, expert_tokens, rank_tokens)
         due = self.iteration + 1 + self.config.planning_iterations
         self._due.append((due, self._epoch, work))
@@ -264,7 +261,8 @@ class Balancer:
 
     def _ask(self, outcome: Outcome, gather: Gather) -> Question:
         """Ask the other processes whether they came to the same."""
-        wanted = self._flights.table_after(*filter(None, [self._leaving, outcome.update]))
+        leaving = self._leaving and self._leaving[0]
+        wanted = self._flights.table_after(*filter(None, [leaving, outcome.update]))
         if outcome.error is not None:
             wanted[:] = -1  # so that processes where nothing failed stop, too
         capacity = self._worker.state.capacity  # only `set_capacity` changes it
@@ -283,25 +281,25 @@ class Balancer:
         self, outcome: Outcome, params: Any, tables: PlacementTables
     ) -> tuple[Any, PlacementTables]:
         """What was decided will go on its way."""
-        update = outcome.update
-        if self._leaving is not None:
-            self._send(params, tables)
+        epoch, update = self._epoch, outcome.update
+        self._send()  # what was taken before it
+        if epoch != self._epoch:
+            return params, tables
         if outcome.error is not None:
             self._fail(outcome.stage, (), outcome.error, told=True)
         elif update is not None:
             # Rows are read from slots as they will be: what comes before in a layer goes first.
-            epoch = self._epoch
             while self._flights.touch(update.decision.layers):
                 params, tables = self._flip(params, tables)
             if epoch == self._epoch:
-                self._leaving = update
+                self._leaving = update, params, tables
         return params, tables
 
-    def _send(self, params: Any, tables: PlacementTables) -> None:
+    def _send(self) -> None:
         """What leaves goes on its way."""
-        update, self._leaving, self._given = self._leaving, None, None
-        if update is None:
+        if self._leaving is None:
             return
+        (update, params, tables), self._leaving = self._leaving, None
         try:
             due = self.iteration + self.config.moving_iterations
             self._flights.send(update, params, tables, due)
@@ -324,7 +322,7 @@ class Balancer:
     def _start_anew(self, table: np.ndarray) -> None:
         """Drop what was decided and is not in force; the worker plans from `table`."""
         self._epoch += 1
-        self._leaving = self._given = None
+        self._leaving = None
         self._flights.restart(table)
         self._thread.submit(self._worker.restart, table)
 
