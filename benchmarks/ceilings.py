@@ -2,7 +2,7 @@
 
 A GPU lowers its clocks under a long load. So each figure is taken from short bursts of calls after
 a rest, the ceilings too. Launching the first call and hearing of the last takes up to half a
-millisecond, which is no call's: there bursts are compared with others of twice as many calls.
+millisecond, which is no call's: there each burst is compared with one of twice as many calls.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-_BURSTS, _BURST_SECONDS, _REST_SECONDS = 5, 0.02, 0.05
+_BURSTS, _BURST_SECONDS, _REST_SECONDS = 9, 0.02, 0.05
 
 
 class Ceilings(NamedTuple):
@@ -94,9 +94,9 @@ def burst_ms(call: Callable, *arguments, bursts: int = _BURSTS) -> float:
         calls = int(multihost_utils.broadcast_one_to_all(np.int32(calls)))
     if not on_gpu:  # calls do not queue, and a difference would be of noise
         return float(1e3 * np.median([seconds(calls) for _ in range(bursts)]) / calls)
-    # What disturbs a burst makes it longer, so the least of each length are compared.
-    once, twice = zip(*((seconds(calls), seconds(2 * calls)) for _ in range(bursts)), strict=True)
-    return 1e3 * (min(twice) - min(once)) / calls
+    # What disturbs the shorter burst of a pair makes the difference too small, else too large.
+    more = [-seconds(calls) + seconds(2 * calls) for _ in range(bursts)]
+    return float(1e3 * np.median(more) / calls)
 
 
 def device_ms(call: Callable, *arguments, calls: int = 5) -> float:

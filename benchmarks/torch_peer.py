@@ -8,6 +8,7 @@ the reasons on standard error. It imports neither JAX nor this library.
 import importlib
 import json
 import math
+import statistics
 import sys
 import time
 
@@ -30,7 +31,7 @@ def main() -> None:
     print(json.dumps({"version": torch.__version__, "times": times}))
 
 
-def burst_ms(torch, call, bursts=5, burst_seconds=0.02, rest_seconds=0.05):
+def burst_ms(torch, call, bursts=9, burst_seconds=0.02, rest_seconds=0.05):
     """As `benchmarks.ceilings.burst_ms`."""
 
     def seconds(count):
@@ -43,8 +44,8 @@ def burst_ms(torch, call, bursts=5, burst_seconds=0.02, rest_seconds=0.05):
 
     seconds(3)
     calls = math.ceil(min(100.0, burst_seconds / seconds(1)))
-    once, twice = zip(*((seconds(calls), seconds(2 * calls)) for _ in range(bursts)), strict=True)
-    return 1e3 * (min(twice) - min(once)) / calls
+    more = [-seconds(calls) + seconds(2 * calls) for _ in range(bursts)]
+    return 1e3 * statistics.median(more) / calls
 
 
 def product_ms(torch, groups, num_rows, depth, width, sizes):

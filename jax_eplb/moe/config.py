@@ -16,9 +16,10 @@ from jax_eplb.routing import (
 )
 from jax_eplb.routing.fewest import WORTH_READING
 
-# Rows that a rank sends another, in even shares. Chance moves a large share by less than an eighth,
-# at four standard deviations; what domains move it by, the others nearly always cover.
-_LARGE_SHARE, _BUFFERS_OF_LARGE, _BUFFERS = 1024, (1.125, 1.25, 1.5, 2.0), (2.0,)
+# Rows that a rank sends another, in even shares. Where replicas level the pairs the first does;
+# without them chance moves a large share by less than an eighth, at four standard deviations; what
+# domains move it by, the others nearly always cover.
+_LARGE_SHARE, _BUFFERS_OF_LARGE, _BUFFERS = 1024, (1.0625, 1.125, 1.25, 1.5, 2.0), (2.0,)
 # To choose a buffer the host waits for the device, which takes a small batch longer than to send so
 # many numbers more.
 _WORTH_WAITING = 1 << 22
@@ -103,9 +104,7 @@ class MoEConfig:
         return self.hidden_dim * (2 if activation_named(self.activation).gated else 1)
 
     def ranks(self, axis_name: str) -> Ranks:
-        # Other exchanges send their buffers whole.
-        near = self.exchange == "ragged"
-        return Ranks(axis_name, self.num_ranks, self.slots_per_rank, self.ranks_per_node, near)
+        return Ranks(axis_name, self.num_ranks, self.slots_per_rank, self.ranks_per_node)
 
     def exchange_sizes(self, num_tokens: int) -> ExchangeSizes:
         """How much travels at once, for a batch of T tokens a rank."""

@@ -5,10 +5,10 @@ rows that a rank sends in one wave, M rows that it computes in one. A choice is 
 
 Waves go on until the fullest pair of ranks is done, so no token is ever dropped, and with a bound
 on the rows the buffers stay what they are however skewed the load. While a wave is computed the
-next one's rows travel. Rows are computed in blocks of
-one size, placed, and added in the order of the choices: so neither the placement, nor the waves,
-nor the way they travel changes a bit of the result. The gradient walks the same waves again and
-computes each one anew, so that training is bounded alike.
+next one's rows travel. Rows are computed in blocks of one size, placed, and added in the order of
+the choices: so neither the placement, nor the waves, nor the way they travel changes a bit of the
+result. The gradient walks the same waves again and computes each one anew, so that training is
+bounded alike.
 """
 
 import functools
@@ -38,6 +38,12 @@ class ExchangeSizes(NamedTuple):
     # do, several may stand here, ascending: the first that the fullest pair fits into is used.
     capacities: tuple[int, ...]
     in_waves: bool  # as many as it takes, of the only capacity; else one
+
+    @property
+    def fit_the_fullest_pair(self) -> bool:
+        """Whether more travels the more the fullest pair of ranks has to exchange."""
+        of_pairs = self.implementation == "waves"
+        return of_pairs and (self.in_waves or len(self.capacities) > 1)
 
 
 def exchange(
@@ -137,16 +143,11 @@ def _in_waves(sizes: ExchangeSizes, ranks: Ranks, order: SlotOrder, send, run, f
         return finish(rows, wave.place), total
 
     if not sizes.in_waves:
-        *smaller, largest = sizes.capacities
-        result = functools.partial(once, largest)
-        for capacity in reversed(smaller):
-            result = functools.partial(
-                jax.lax.cond,
-                transport_of(capacity).num_waves() <= 1,
-                functools.partial(once, capacity),
-                result,
-            )
-        return result()
+        ways = [functools.partial(once, capacity) for capacity in sizes.capacities]
+        first = jnp.int32(0)  # that the fullest pair fits into
+        for capacity in sizes.capacities[:-1]:
+            first = first + jnp.asarray(transport_of(capacity).num_waves() > 1, jnp.int32)
+        return jax.lax.switch(first, ways)
 
     (capacity,) = sizes.capacities
     transport, num_choices = transport_of(capacity), order.choice.size

@@ -69,7 +69,7 @@ def moe_forward(
     router_logits = logits(tokens, params.router)
     if params.router_bias is not None:
         router_logits = router_logits + params.router_bias[None]
-    ranks = config.ranks(axis_name)
+    ranks, sizes = config.ranks(axis_name), config.exchange_sizes(len(tokens))
     one_slot_each = config.num_slots == config.num_experts
     routes, found = route_and_sort(
         router_logits,
@@ -84,7 +84,8 @@ def moe_forward(
     if one_slot_each:
         order = order_without_replicas(found, ranks)
     else:
-        slot_tokens = config.policy(len(tokens))(expert_tokens, tables, ranks)
+        among = ranks._replace(prefers_near=not sizes.fit_the_fullest_pair)
+        slot_tokens = config.policy(len(tokens))(expert_tokens, tables, among)
         order = order_by_slot(found, slot_tokens, tables)
 
     experts = _flat(params.experts)
@@ -94,7 +95,6 @@ def moe_forward(
     compute = functools.partial(
         expert_feed_forward, activation=config.activation, kernel=config.kernel
     )
-    sizes = config.exchange_sizes(len(tokens))
     combined, rank_tokens = exchange(compute, sizes, ranks, tokens, routes.weights, order, experts)
     if params.shared is not None:
         shared = shared_feed_forward(tokens, params.shared, activation=config.activation)

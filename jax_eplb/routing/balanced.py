@@ -9,15 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jax_eplb.routing.balanced_kernel import MAX_REPLICATED_SLOTS, kernel_shares
+from jax_eplb.routing.balanced_kernel import fits, kernel_shares
 from jax_eplb.routing.leveling import describe, whole_quota
-from jax_eplb.routing.own_share import (
-    NodeSupply,
-    Supply,
-    alike_share,
-    before_each_rank,
-    near_share,
-)
+from jax_eplb.routing.near_share import NodeSupply, Supply, near_share
+from jax_eplb.routing.pair_shares import level_pairs, whole_share
 from jax_eplb.routing.ranks import Ranks, SlotTokens
 from jax_eplb.tables import PlacementTables
 
@@ -28,9 +23,9 @@ def balanced(expert_tokens: Int[Array, "E"], tables: PlacementTables, ranks: Ran
     The ranks tell each other their counts, P·E integers. From these each one works out the same
     division and reads off all ranks' parts, so that no more needs to be said. Of all divisions of
     the batch the fullest rank of this one is the lightest, within about a thousandth of the mean or
-    a token. Among the ways to fill it, each slot gets about the same part of every rank's tokens,
-    so that what one rank sends another fits small buffers; or, where `ranks.prefers_near`, tokens
-    stay on their rank, or else on their node, as far as that costs no balance. A slower rank counts
+    a token. Among the ways to fill it, one is taken in which every rank sends every other about as
+    much, so that small buffers do; or, where `ranks.prefers_near`, tokens stay on their rank, or
+    else on their node, as far as that costs no balance. A slower rank counts
     as fuller by the tables' `handicap`. The batch, of all ranks, must have fewer than 2^31 choices.
 
     The ranks agree because they run the same program on the same numbers, on devices of one kind.
@@ -58,7 +53,7 @@ def balanced_shares(
             "placement.tables(with_leveling=True)"
         )
     plain = functools.partial(plain_shares, ranks=ranks)
-    if not 0 < tables.replicated_slots.size <= MAX_REPLICATED_SLOTS:
+    if not fits(ranks.num_ranks, tables.replicated_slots.size):
         return plain(counts, tables)
     kernel = functools.partial(kernel_shares, ranks=ranks)
     return jax.lax.platform_dependent(counts, tables, cuda=kernel, default=plain)
@@ -86,7 +81,8 @@ def plain_shares(
 
     tokens = counts.sum(axis=0, dtype=jnp.int32)
     num_replicas = tables.replica_count.at[slot_to_expert].get(mode="fill", fill_value=0)
-    fixed = jnp.where(num_replicas == 1, tokens.at[slot_to_expert].get(mode="clip"), 0)
+    of_single = jnp.where(num_replicas == 1, shares, 0)
+    fixed = of_single.sum(axis=0, dtype=jnp.int32)
     fixed = fixed.reshape(ranks.num_ranks, -1).sum(axis=1, dtype=jnp.int32)
     mean = tokens.sum(dtype=jnp.int32).astype(jnp.float32) / ranks.num_ranks
     fixed = fixed + (tables.handicap * mean).astype(jnp.int32)
@@ -94,10 +90,16 @@ def plain_shares(
     quota = whole_quota(slot_tokens, slot_fixed, mean, tables.leveling, replicas)
 
     own = pick(counts, expert)  # [P, J]
+    each = jnp.arange(len(counts), dtype=jnp.int32)
     if not ranks.prefers_near:
-        before = pick(before_each_rank(counts), expert)  # [bands, P, J]
-        read_off = jax.vmap(alike_share, in_axes=(None, 0, 1, None))
-        return _with_replicated(shares, slot, read_off(quota, own, before, replicas))
+        pairs = of_single.reshape(*counts.shape[:1], ranks.num_ranks, -1).sum(axis=2)
+        pairs = pick(pairs.astype(jnp.float32), rank_of_slot)
+        level = level_pairs(
+            quota, slot_tokens, own, pairs, ranks.num_ranks, tables.leveling, replicas
+        )
+        before = jnp.cumsum(own, axis=0, dtype=jnp.int32) - own
+        read_off = jax.vmap(whole_share, in_axes=(None, 0, 0, None, 0, None))
+        return _with_replicated(shares, slot, read_off(level, own, before, quota, each, replicas))
 
     def near_of(rank, own):
         before, near_before, on_nodes = _nearness(counts, rank, ranks)
@@ -110,7 +112,6 @@ def plain_shares(
             near = NodeSupply(node, rank // per_node, pick(near_before, expert), there)
         return near_share(quota, supply, near, rank, replicas)
 
-    each = jnp.arange(len(counts), dtype=jnp.int32)
     return _with_replicated(shares, slot, jax.vmap(near_of)(each, own))
 
 

@@ -19,20 +19,26 @@ from jaxtyping import Array, Int
 from jax_eplb.kernels.threads import load, power_of_two, wait
 from jax_eplb.kernels.varying import equally_varying
 from jax_eplb.routing.leveling import Replicas, describe, total, whole_quota
-from jax_eplb.routing.own_share import (
-    BANDS,
-    NodeSupply,
-    Supply,
-    alike_share,
-    before_in_bands,
-    near_share,
-)
+from jax_eplb.routing.near_share import NodeSupply, Supply, near_share
+from jax_eplb.routing.pair_shares import level_pairs, whole_share
 from jax_eplb.routing.ranks import Ranks
 from jax_eplb.tables import PlacementTables
 
-# The J × J matrix must fit the registers of a block.
-MAX_REPLICATED_SLOTS = 128
+# The J × J matrix must fit the registers of a block, and so must arrays P × J.
+MAX_REPLICATED_SLOTS, _MAX_PAIRS = 128, 64 * 128
 _ROWS = 12  # of counts, loaded at a time
+_EXPERTS = 64  # whose counts on all ranks are multiplied at a time
+_LEAST = 16  # rows and columns of a product
+
+
+def fits(num_ranks: int, num_replicated: int) -> bool:
+    """Whether the kernel can take P ranks and J slots.
+
+    >>> fits(36, 64), fits(36, 0), fits(128, 128)
+    (True, False, False)
+    """
+    pairs = _padded_ranks(num_ranks) * num_replicated
+    return 0 < num_replicated <= MAX_REPLICATED_SLOTS and pairs <= _MAX_PAIRS
 
 
 def kernel_shares(
@@ -42,13 +48,14 @@ def kernel_shares(
     *,
     interpret: bool = False,
 ) -> Int[Array, "P S"]:
-    """As `plain_shares`, for J up to `MAX_REPLICATED_SLOTS` but not 0."""
+    """As `plain_shares`, for sizes that it `fits`."""
     num_ranks, num_experts = counts.shape
     num_slots = tables.slot_to_expert.size
     inputs = (
         counts,
         tables.slot_to_expert,
         tables.replica_count,
+        tables.expert_to_slots[:, 0],
         tables.replicated_slots,
         lax.stop_gradient(tables.leveling),
         lax.stop_gradient(tables.handicap),
@@ -73,6 +80,7 @@ def _kernel(
     counts_ref,
     expert_ref,
     replicas_ref,
+    first_slot_ref,
     slots_ref,
     leveling_ref,
     handicap_ref,
@@ -102,7 +110,10 @@ def _kernel(
     expert_beside = load(expert_ref, beside, is_beside)
     is_filled = is_beside & (expert_beside < num_experts)
     is_single = is_filled & (load(replicas_ref, expert_beside, is_filled) == 1)
-    there = _load_two(counts_ref, rank_of_slot, expert, used) if ranks.prefers_near else None
+    if ranks.prefers_near:
+        there = _load_two(counts_ref, rank_of_slot, expert, used)
+    else:
+        there = _fixed_pairs(counts_ref, replicas_ref, first_slot_ref, rank_of_slot, per_rank)
     leveling = leveling_ref[...]
     handicap = load(handicap_ref, rank_of_slot, used)
 
@@ -120,9 +131,7 @@ def _kernel(
     quota = whole_quota(tokens, fixed, mean, leveling, replicas)
 
     own = load(counts_ref, expert, used, rank)
-    if there is None:
-        share = alike_share(quota, own, before, replicas)
-    else:
+    if ranks.prefers_near:
         near = None
         if per_node is not None:
             node = jnp.where(used, lax.div(rank_of_slot, jnp.int32(per_node)), alone)
@@ -131,6 +140,12 @@ def _kernel(
                 on_node = on_node + _load_two(counts_ref, node * per_node + i, expert, used)
             near = NodeSupply(node, lax.div(rank, jnp.int32(per_node)), before[1], on_node)
         share = near_share(quota, Supply(own, before[0], there), near, rank, replicas)
+    else:
+        row = lax.broadcasted_iota(jnp.int32, (_padded_ranks(num_ranks), num_places), 0)
+        is_one = (row < num_ranks) & used[None]
+        each_own = _load_two(counts_ref, row, expert[None], is_one)
+        level = level_pairs(quota, tokens, each_own, there, num_ranks, leveling, replicas)
+        share = whole_share(level, own, before[0], quota, rank, replicas)
     plgpu.store(shares_ref.at[rank, slot], share, mask=used)
 
     every = lax.iota(jnp.int32, power_of_two(num_slots))
@@ -160,14 +175,35 @@ def _laid_out_like(loaded, replicas: Replicas) -> Replicas:
     )
 
 
+def _fixed_pairs(counts_ref, replicas_ref, first_slot_ref, rank_of_slot, per_rank: int):
+    """What each rank sends each slot's rank, of experts that have one slot; float32[P, J]."""
+    num_ranks, num_experts = counts_ref.shape
+    row = lax.broadcasted_iota(jnp.int32, (_padded_ranks(num_ranks), 1), 0)
+    pairs = jnp.zeros((row.shape[0], rank_of_slot.size), jnp.float32)
+    # Unrolled, so that all loads are on their way at once.
+    for start in range(0, num_experts, _EXPERTS):
+        expert = start + lax.iota(jnp.int32, _EXPERTS)
+        exists = expert < num_experts
+        is_single = exists & (load(replicas_ref, expert, exists) == 1)
+        its_rank = lax.div(load(first_slot_ref, expert, exists), jnp.int32(per_rank))
+        there = is_single[:, None] & (its_rank[:, None] == rank_of_slot[None])
+        counts = _load_two(counts_ref, row, expert[None], (row < num_ranks) & exists[None])
+        pairs = pairs + jnp.dot(counts.astype(jnp.float32), there.astype(jnp.float32))
+    return pairs
+
+
+def _padded_ranks(num_ranks: int) -> int:
+    return max(_LEAST, power_of_two(num_ranks))
+
+
 def _num_sums(ranks: Ranks) -> int:
-    return 3 if ranks.prefers_near else 1 + BANDS
+    return 3 if ranks.prefers_near else 2
 
 
 def _add_up(counts_ref, rank, ranks: Ranks):
-    """Tokens of each expert: all, and what comes before this rank's: of each band of them.
+    """Tokens of each expert: all, and those on the ranks before this one.
 
-    Or, where they are to stay near: on the ranks before, and on those of these on its node.
+    Where they are to stay near, also those on the ranks before it on its node.
     """
     num_ranks, num_experts = counts_ref.shape
     per_node = ranks.ranks_per_node
@@ -175,11 +211,9 @@ def _add_up(counts_ref, rank, ranks: Ranks):
     first_near = jnp.int32(0) if per_node is None else lax.div(rank, jnp.int32(per_node)) * per_node
 
     def parts(row, values):
-        is_before = row < rank
-        if not ranks.prefers_near:
-            return [values, *before_in_bands(values, is_before)]
-        before = jnp.where(is_before, values, 0)
-        return [values, before, jnp.where(row >= first_near, before, 0)]
+        before = jnp.where(row < rank, values, 0)
+        on_node = [jnp.where(row >= first_near, before, 0)] if ranks.prefers_near else []
+        return [values, before, *on_node]
 
     def add(chunk, sums):
         start = chunk * _ROWS

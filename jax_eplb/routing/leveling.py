@@ -65,6 +65,12 @@ def largest(mask: Int[Array, "J J"], values: Int[Array, "J"]) -> Int[Array, "J"]
     return (mask & values[None]).max(axis=1)
 
 
+def overlap(start, length, other_start, other_length):
+    """Of two intervals, in whole numbers."""
+    end = jnp.minimum(start + length, other_start + other_length)
+    return jnp.maximum(end - jnp.maximum(start, other_start), 0)
+
+
 def transform(matrix: Float[Array, "J J"], vector: Float[Array, "J"]) -> Float[Array, "J"]:
     """The product with a symmetric matrix, in full float32 on any device."""
     return (matrix * vector[None]).sum(axis=1)

@@ -16,8 +16,8 @@ class Ranks(NamedTuple):
     num_ranks: int  # P
     slots_per_rank: int  # N
     ranks_per_node: int | None = None  # None: all on one node
-    # Whether a row that stays on its rank or node costs less than one that travels. Not where
-    # buffers travel whole: then what one rank sends another should rather be alike for all pairs.
+    # Whether a row should rather stay on its rank or node; else what one rank sends another should
+    # be alike for all pairs, as where the fullest one decides how large buffers are.
     prefers_near: bool = False
 
     def gather(self, counts: Int[Array, "M"]) -> Int[Array, "P M"]:

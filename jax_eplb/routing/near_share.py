@@ -1,0 +1,72 @@
+"""A rank's own part of a division of the batch, where tokens should stay near.
+
+Axes: J slots of experts that have several, as in `leveling`. What is divided are the quotas of the
+slots, whole tokens; which rank's tokens fill them costs no balance and can be chosen. Every rank
+works out the same picture, and nobody has to ask another.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jax_eplb.routing.leveling import Replicas, mask_of, overlap, total
+
+
+class Supply(NamedTuple):
+    """Tokens of each slot's expert, by where they are."""
+
+    own: Int[Array, "J"]  # on the rank whose share is asked for
+    before: Int[Array, "J"]  # on all ranks before it
+    there: Int[Array, "J"]  # on the slot's rank
+
+
+class NodeSupply(NamedTuple):
+    """The same for nodes, and each slot's node; what is no slot has a node of its own."""
+
+    node: Int[Array, "J"]
+    own_node: Int[Array, ""]  # of the rank whose share is asked for
+    before: Int[Array, "J"]  # on the ranks before it on its node
+    there: Int[Array, "J"]  # on the slot's node
+
+
+def near_share(
+    quota: Int[Array, "J"],
+    supply: Supply,
+    near: NodeSupply | None,
+    rank: Int[Array, ""],
+    replicas: Replicas,
+) -> Int[Array, "J"]:
+    """How many of a rank's tokens go to each slot, as near as the quotas allow.
+
+    First to the own rank, as far as the quotas go, then to the own node, then to the rest. What is
+    left of tokens and of quotas is laid side by side, both in the order of ranks.
+    """
+    same_expert = replicas.same_expert
+    earlier = mask_of(replicas.index[None] < replicas.index[:, None])
+    earlier_same_expert = same_expert & earlier
+    is_own, is_before = mask_of(replicas.rank == rank), mask_of(replicas.rank < rank)
+
+    same_place = earlier_same_expert & replicas.same_rank
+    kept = jnp.clip(supply.there - total(same_place, quota), 0, quota)
+    quota = quota - kept
+    share = is_own & kept
+    own = supply.own - total(same_expert, share)
+    before = supply.before - total(same_expert, is_before & kept)
+
+    if near is not None:
+        # Within each node: what its ranks have left beside what its slots have left.
+        is_near = mask_of(near.node == near.own_node)
+        same_node = same_expert & mask_of(near.node[:, None] == near.node[None])
+        first = total(same_node & earlier, quota)
+        taken = jnp.clip(near.there - total(same_node, kept) - first, 0, quota)
+        near_quota = total(same_expert, is_near & quota)
+        near_before = near.before - total(same_expert, is_near & is_before & kept)
+        share = share + (is_near & overlap(near_before, own, first, quota))
+        taken_before = total(same_expert, mask_of(near.node < near.own_node) & taken)
+        before = before - taken_before - jnp.minimum(near_before, near_quota)
+        own = own - jnp.clip(near_quota - near_before, 0, own)
+        quota = quota - taken
+
+    first = total(earlier_same_expert, quota)
+    return share + overlap(before, own, first, quota)
