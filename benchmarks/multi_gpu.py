@@ -38,6 +38,7 @@ from benchmarks.replayed_routing import read_replays
 from benchmarks.setting import EFFORTS
 from benchmarks.tables import Table
 from jax_eplb.mesh import expert_mesh, simulate_devices
+from jax_eplb.moe.exchange import IMPLEMENTATIONS
 
 PARTS = ("exchange", "balancing", "moves", "checks")
 # NVLink 4 of an H100 or H200: 900 GB/s, half of it each way (NVIDIA's data sheets).
@@ -97,6 +98,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--layers", type=int, default=8, help="in a stack (8; fewer if memory asks)"
     )
+    parser.add_argument(
+        "--exchanges", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS, help="(all)"
+    )
+    parser.add_argument(
+        "--waves", nargs="+", type=int, default=[], metavar="N", help="also `waves` in N parts"
+    )
     parser.add_argument("--placements", type=int, default=200, help="that are checked (200)")
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each (5)")
     parser.add_argument(
@@ -134,6 +141,7 @@ def _parts(arguments: argparse.Namespace, mesh: Mesh) -> dict[str, Callable[[], 
         "rounds": arguments.rounds,
     }
     layers = {"num_layers": arguments.layers, **common}
+    ways = {"exchanges": arguments.exchanges, "waves": arguments.waves, "link": arguments.link}
 
     def balancing():
         replayed = {experts: scaled(shape) for experts, shape in REPLAYED.items()}
@@ -150,7 +158,7 @@ def _parts(arguments: argparse.Namespace, mesh: Mesh) -> dict[str, Callable[[], 
         )
 
     return {
-        "exchange": lambda: measure_exchange(mesh, shapes, batches, link=arguments.link, **layers),
+        "exchange": lambda: measure_exchange(mesh, shapes, batches, **ways, **layers),
         "balancing": balancing,
         "moves": lambda: measure_moves(mesh, shapes, batches, link=arguments.link, **layers),
         "checks": lambda: run_checks(mesh, arguments.placements, common["dtype"]),

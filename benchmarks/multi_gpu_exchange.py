@@ -4,6 +4,7 @@ Axes: L layers, P ranks, T tokens of a rank, K choices of a token, D embedding w
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from jax_eplb.moe.exchange import exchange
 from jax_eplb.placement import Placement, fewest_slots
 from jax_eplb.routing import RouterConfig, order_without_replicas, route_and_sort
 
+_FULLEST = 1.05  # pair of ranks, in even shares, where large batches are routed by chance
 COLUMNS = [
     Column("shape", "layers of"),
     Column("tokens", "tokens a rank", 0),
@@ -54,8 +56,13 @@ def measure_exchange(
     link: float,
     dtype,
     rounds: int,
+    exchanges: Sequence[str],
+    waves: Sequence[int],
 ) -> Iterator[dict[str, Any]]:
-    """A row for each shape, number of tokens and implementation; `link` is in bytes/s each way."""
+    """A row for each shape, number of tokens, and exchange; `link` is in bytes/s each way.
+
+    Beside the `exchanges`, `waves` bounded so that a batch takes so many of them.
+    """
     num_ranks = mesh.shape[AXIS]
     for shape in shapes:
         num_slots = fewest_slots(shape.experts, num_ranks)
@@ -70,10 +77,13 @@ def measure_exchange(
         for num_tokens in batches:
             say(f"exchange, {shape.name}, {num_tokens} tokens")
             tokens = draw_tokens(shape, num_ranks * num_tokens, mesh, dtype)
-            programs = {
-                name: _programs(shape.config(num_slots, num_ranks, exchange=name), mesh)
-                for name in usable_exchanges()
-            }
+            caps = {name: (name, None) for name in exchanges if name in usable_exchanges()}
+            rows = num_tokens * shape.top_k  # of a rank
+            caps |= {f"{n} waves": ("waves", math.ceil(_FULLEST * rows / n)) for n in waves}
+            programs = {}
+            for name, (way, cap) in caps.items():
+                bounded = {"exchange": way, "moe_max_num_tokens": cap}
+                programs[name] = _programs(shape.config(num_slots, num_ranks, **bounded), mesh)
             yield from _compare(programs, params, tables, tokens, shape, dtype, link, rounds)
 
 

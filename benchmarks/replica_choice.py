@@ -8,7 +8,9 @@ spaced. Imbalance is (max - mean) / mean of the ranks' tokens, a fraction, mean 
 layers. The optimum is a linear programme's, which may cut tokens into parts; `whole` is the least
 that whole tokens allow, the optimum's largest load rounded up. A recording does not say which rank
 a token was on: each choice is put on a rank at random. `local` is the part of the choices that stay
-on their rank. The time is that of a jitted pass over all layers, divided by their number.
+on their rank, which `balanced, near` prefers, as layers do whose batches are small; `balanced`
+prefers pairs of ranks that exchange alike. The time is that of a jitted pass over all layers,
+divided by their number.
 
 Axes: P ranks, W windows, L layers, E experts, S slots.
 """
@@ -68,6 +70,9 @@ POLICIES: dict[str, Callable] = {
     "even": _each(lambda own, tables, rank, ranks: even_share(own, tables, rank)),
     "local": _each(local_share),
     "balanced": balanced_shares,
+    "balanced, near": lambda counts, tables, ranks: balanced_shares(
+        counts, tables, ranks._replace(prefers_near=True)
+    ),
     "fewest": lambda counts, tables, ranks: fewest_shares(counts, tables),
 }
 

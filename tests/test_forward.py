@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -148,6 +149,15 @@ def test_the_output_has_the_activations_dtype_and_the_router_stays_float32():
     assert (out.tokens.dtype, out.router_logits.dtype) == (jnp.bfloat16, jnp.float32)
     expected = moe_by_numpy(narrow[0], router, *narrow[1:], K)
     np.testing.assert_allclose(out.tokens.astype(jnp.float32), expected, rtol=0.05, atol=0.2)
+
+
+@pytest.mark.parametrize(("dtype", "digits"), [(jnp.bfloat16, "e8m7"), (jnp.float16, "e5m10")])
+def test_no_program_may_keep_more_digits_of_the_output_than_its_type_has(dtype, digits):
+    """Compilers may leave out a rounding that the next operation undoes, but not this one."""
+    tokens, router, gate_up, down = (jnp.asarray(x) for x in drawn(7))
+    narrow = [x.astype(dtype) for x in (tokens, gate_up, down)]
+    program = forward(config_of(4)).lower(narrow[0], router, *narrow[1:], jnp.ones(T, bool))
+    assert re.search(rf"reduce_precision .*format = {digits} : tensor<4x5xf32>", program.as_text())
 
 
 def test_no_tokens_give_no_output_and_gradients_of_zero():

@@ -79,12 +79,14 @@ def test_every_part_gives_its_figures(tmp_path, monkeypatch, capsys):
         "fast",
         "--windows",
         "1",
+        "--waves",
+        "2",
         "--recordings",
         str(tmp_path / "recording.npz"),
     ]
     multi_gpu.main([*options, "--json", str(file)])
     found = json.loads(file.read_text())
-    assert {row["exchange"] for row in found["exchange"]} == {"waves", "all_gather"}
+    assert {row["exchange"] for row in found["exchange"]} == {"waves", "all_gather", "2 waves"}
     by_variant = {row["variant"]: row for row in found["balancing"] if row["tokens"] == 64}
     assert by_variant["uniform routing"]["imbalance"] == 0
     assert by_variant["planned, balanced"]["imbalance"] < by_variant["contiguous"]["imbalance"]

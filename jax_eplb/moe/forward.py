@@ -103,7 +103,10 @@ def moe_forward(
         combined = jax.lax.psum(combined, tensor_axis)
         # The same on all of them: their mean. (A maximum has no derivative rule.)
         rank_tokens = jax.lax.psum(rank_tokens, tensor_axis) // jax.lax.axis_size(tensor_axis)
-    return MoEOutput(combined.astype(tokens.dtype), expert_tokens, rank_tokens, router_logits)
+    # To the digits of the type, in any program: else XLA may leave them to what follows.
+    kept = jnp.finfo(tokens.dtype)
+    combined = jax.lax.reduce_precision(combined, kept.nexp, kept.nmant).astype(tokens.dtype)
+    return MoEOutput(combined, expert_tokens, rank_tokens, router_logits)
 
 
 def _flat(experts: ExpertWeights) -> ExpertWeights:
