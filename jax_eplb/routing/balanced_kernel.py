@@ -180,14 +180,20 @@ def _fixed_pairs(counts_ref, replicas_ref, first_slot_ref, rank_of_slot, per_ran
     num_ranks, num_experts = counts_ref.shape
     row = lax.broadcasted_iota(jnp.int32, (_padded_ranks(num_ranks), 1), 0)
     pairs = jnp.zeros((row.shape[0], rank_of_slot.size), jnp.float32)
-    # Unrolled, so that all loads are on their way at once.
-    for start in range(0, num_experts, _EXPERTS):
+
+    def operands(start):
         expert = start + lax.iota(jnp.int32, _EXPERTS)
         exists = expert < num_experts
         is_single = exists & (load(replicas_ref, expert, exists) == 1)
         its_rank = lax.div(load(first_slot_ref, expert, exists), jnp.int32(per_rank))
-        there = is_single[:, None] & (its_rank[:, None] == rank_of_slot[None])
         counts = _load_two(counts_ref, row, expert[None], (row < num_ranks) & exists[None])
+        return counts, jnp.where(is_single, its_rank, num_ranks)  # no rank
+
+    following = operands(0)
+    for start in range(0, num_experts, _EXPERTS):
+        counts, its_rank = following
+        following = operands(start + _EXPERTS)  # on its way while this is multiplied
+        there = its_rank[:, None] == rank_of_slot[None]
         pairs = pairs + jnp.dot(counts.astype(jnp.float32), there.astype(jnp.float32))
     return pairs
 
