@@ -77,16 +77,18 @@ def test_neither_tokens_nor_quotas_are_overdrawn(drawn):
 @given(cases)
 def test_all_ranks_together_fill_the_quotas_to_the_token(drawn):
     own, quota, _, _, _, expert, rank = drawn
-    shares = jnp.asarray(leveled(*drawn), jnp.float32)
-    before = np.cumsum(own, axis=0) - own
+    shares = leveled(*drawn)
+    whole = np.floor(shares).astype(np.int64)
+    quota_left = quota - whole.sum(axis=0)
+    before, share_before = (np.cumsum(x, axis=0) - x for x in (own, whole))
     replicas = describe(jnp.asarray(expert), jnp.asarray(rank))
     found = np.zeros((RANKS, SLOTS.size), np.int64)
     for each in range(RANKS):
-        arrays = (jnp.asarray(x, jnp.int32) for x in (own[each], before[each], quota, each))
-        found[each] = whole_share(shares, *arrays, replicas)
+        arrays = whole[each], share_before[each], own[each], before[each], quota_left
+        found[each] = whole_share(*(jnp.asarray(x, jnp.int32) for x in arrays), replicas)
     assert (found >= 0).all()
     np.testing.assert_array_equal(found.sum(axis=0), quota)
     for each in (0, 1, 2):
         (first, *_) = slots = np.flatnonzero(expert == each)
         np.testing.assert_array_equal(found[:, slots].sum(axis=1), own[:RANKS, first])
-    assert (np.abs(found - np.asarray(shares)[:RANKS]) <= 2 + 0.01 * own[:RANKS]).all()
+    assert (np.abs(found - shares[:RANKS]) <= 2 + 0.01 * own[:RANKS]).all()

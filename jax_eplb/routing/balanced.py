@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jax_eplb.routing.balanced_kernel import fits, kernel_shares
-from jax_eplb.routing.leveling import describe, whole_quota
+from jax_eplb.routing.leveling import describe, whole_quota, with_ends
 from jax_eplb.routing.near_share import NodeSupply, Supply, near_share
 from jax_eplb.routing.pair_shares import level_pairs, whole_share
 from jax_eplb.routing.ranks import Ranks, SlotTokens
@@ -73,7 +73,7 @@ def plain_shares(
     alone = -1 - jnp.arange(slot.size, dtype=jnp.int32)
     expert = jnp.where(used, slot_to_expert.at[slot].get(mode="clip"), alone)
     rank_of_slot = jnp.where(used, slot // ranks.slots_per_rank, alone)
-    replicas = describe(expert, rank_of_slot)
+    replicas = with_ends(describe(expert, rank_of_slot))
 
     def pick(table, *index):
         """An entry for each slot, 0 for what is none."""
@@ -90,16 +90,17 @@ def plain_shares(
     quota = whole_quota(slot_tokens, slot_fixed, mean, tables.leveling, replicas)
 
     own = pick(counts, expert)  # [P, J]
-    each = jnp.arange(len(counts), dtype=jnp.int32)
     if not ranks.prefers_near:
-        pairs = of_single.reshape(*counts.shape[:1], ranks.num_ranks, -1).sum(axis=2)
+        pairs = of_single.reshape(len(counts), ranks.num_ranks, -1).sum(axis=2)
         pairs = pick(pairs.astype(jnp.float32), rank_of_slot)
         level = level_pairs(
             quota, slot_tokens, own, pairs, ranks.num_ranks, tables.leveling, replicas
         )
-        before = jnp.cumsum(own, axis=0, dtype=jnp.int32) - own
-        read_off = jax.vmap(whole_share, in_axes=(None, 0, 0, None, 0, None))
-        return _with_replicated(shares, slot, read_off(level, own, before, quota, each, replicas))
+        share = jnp.floor(level).astype(jnp.int32)
+        quota_left = quota - share.sum(axis=0, dtype=jnp.int32)
+        read_off = jax.vmap(whole_share, in_axes=(0, 0, 0, 0, None, None))
+        found = read_off(share, _before(share), own, _before(own), quota_left, replicas)
+        return _with_replicated(shares, slot, found)
 
     def near_of(rank, own):
         before, near_before, on_nodes = _nearness(counts, rank, ranks)
@@ -112,7 +113,13 @@ def plain_shares(
             near = NodeSupply(node, rank // per_node, pick(near_before, expert), there)
         return near_share(quota, supply, near, rank, replicas)
 
+    each = jnp.arange(len(counts), dtype=jnp.int32)
     return _with_replicated(shares, slot, jax.vmap(near_of)(each, own))
+
+
+def _before(tokens: Int[Array, "P J"]) -> Int[Array, "P J"]:
+    """On all ranks before each one."""
+    return jnp.cumsum(tokens, axis=0, dtype=jnp.int32) - tokens
 
 
 def _with_replicated(shares, slot: Int[Array, "J"], replicated: Int[Array, "P J"]):

@@ -145,7 +145,13 @@ def _kernel(
         is_one = (row < num_ranks) & used[None]
         each_own = _load_two(counts_ref, row, expert[None], is_one)
         level = level_pairs(quota, tokens, each_own, there, num_ranks, leveling, replicas)
-        share = whole_share(level, own, before[0], quota, rank, replicas)
+        whole = jnp.floor(level).astype(jnp.int32)
+        share, share_before = (
+            jnp.where(chosen, whole, 0).sum(axis=0, dtype=jnp.int32)
+            for chosen in (row == rank, row < rank)
+        )
+        quota_left = quota - whole.sum(axis=0, dtype=jnp.int32)
+        share = whole_share(share, share_before, own, before[0], quota_left, replicas)
     plgpu.store(shares_ref.at[rank, slot], share, mask=used)
 
     every = lax.iota(jnp.int32, power_of_two(num_slots))

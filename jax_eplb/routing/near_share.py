@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jax_eplb.routing.leveling import Replicas, mask_of, overlap, total
+from jax_eplb.routing.leveling import Replicas, mask_of, of_expert, overlap, total
 
 
 class Supply(NamedTuple):
@@ -51,8 +51,8 @@ def near_share(
     kept = jnp.clip(supply.there - total(same_place, quota), 0, quota)
     quota = quota - kept
     share = is_own & kept
-    own = supply.own - total(same_expert, share)
-    before = supply.before - total(same_expert, is_before & kept)
+    own = supply.own - of_expert(replicas, share)
+    before = supply.before - of_expert(replicas, is_before & kept)
 
     if near is not None:
         # Within each node: what its ranks have left beside what its slots have left.
@@ -60,10 +60,10 @@ def near_share(
         same_node = same_expert & mask_of(near.node[:, None] == near.node[None])
         first = total(same_node & earlier, quota)
         taken = jnp.clip(near.there - total(same_node, kept) - first, 0, quota)
-        near_quota = total(same_expert, is_near & quota)
-        near_before = near.before - total(same_expert, is_near & is_before & kept)
+        near_quota = of_expert(replicas, is_near & quota)
+        near_before = near.before - of_expert(replicas, is_near & is_before & kept)
         share = share + (is_near & overlap(near_before, own, first, quota))
-        taken_before = total(same_expert, mask_of(near.node < near.own_node) & taken)
+        taken_before = of_expert(replicas, mask_of(near.node < near.own_node) & taken)
         before = before - taken_before - jnp.minimum(near_before, near_quota)
         own = own - jnp.clip(near_quota - near_before, 0, own)
         quota = quota - taken

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jax_eplb.routing.leveling import Replicas, mask_of, overlap, total
+from jax_eplb.routing.leveling import Replicas, mask_of, of_expert, overlap, total
 from jax_eplb.tables import leveling_scale
 
 # On recordings of 4 ranks the fullest pair is then 1.00 to 1.03 even shares more than the fullest
@@ -66,28 +66,22 @@ def level_pairs(
 
 
 def whole_share(
-    shares: Float[Array, "P J"],  # of `level_pairs`
-    own: Int[Array, "J"],  # of each slot's expert, on the rank whose share is asked for
-    before: Int[Array, "J"],  # on all ranks before it
-    quota: Int[Array, "J"],
-    rank: Int[Array, ""],
+    share: Int[Array, "J"],  # of a rank, of `level_pairs`, rounded down
+    share_before: Int[Array, "J"],  # of all ranks before it
+    own: Int[Array, "J"],  # its tokens of each slot's expert
+    before: Int[Array, "J"],  # those of all ranks before it
+    quota_left: Int[Array, "J"],  # by all ranks' shares
     replicas: Replicas,
 ) -> Int[Array, "J"]:
     """How many of a rank's tokens go to each slot, so that all ranks together fill the quotas.
 
-    Each share is rounded down. What is then left of tokens, in the order of ranks, and of quotas is
-    laid side by side, and each token goes to the quota beside it. Every rank sees the same picture,
-    and nobody has to ask another.
+    What is left of tokens, in the order of ranks, and of quotas is laid side by side, and each
+    token goes to the quota beside it. Every rank sees the same picture, and nobody has to ask
+    another.
     """
-    whole = jnp.floor(shares).astype(jnp.int32)
-    row = jax.lax.broadcasted_iota(jnp.int32, shares.shape, 0)
-    share = jnp.where(row == rank, whole, 0).sum(axis=0, dtype=jnp.int32)
-    share_before = jnp.where(row < rank, whole, 0).sum(axis=0, dtype=jnp.int32)
-    same_expert = replicas.same_expert
-    earlier = same_expert & mask_of(replicas.index[None] < replicas.index[:, None])
-    left = own - total(same_expert, share)
-    left_before = before - total(same_expert, share_before)
-    quota_left = quota - whole.sum(axis=0, dtype=jnp.int32)
+    earlier = replicas.same_expert & mask_of(replicas.index[None] < replicas.index[:, None])
+    left = own - of_expert(replicas, share)
+    left_before = before - of_expert(replicas, share_before)
     return share + overlap(left_before, left, total(earlier, quota_left), quota_left)
 
 
