@@ -53,7 +53,7 @@ def balanced_shares(
             "placement.tables(with_leveling=True)"
         )
     plain = functools.partial(plain_shares, ranks=ranks)
-    if not fits(ranks.num_ranks, tables.replicated_slots.size):
+    if not fits(ranks, tables.replicated_slots.size):
         return plain(counts, tables)
     kernel = functools.partial(kernel_shares, ranks=ranks)
     return jax.lax.platform_dependent(counts, tables, cuda=kernel, default=plain)

@@ -24,20 +24,24 @@ from jax_eplb.routing.pair_shares import level_pairs, whole_share
 from jax_eplb.routing.ranks import Ranks
 from jax_eplb.tables import PlacementTables
 
-# The J × J matrix must fit the registers of a block, and so must arrays P × J.
+# The J × J matrix must fit the registers of a block, and so must what levels pairs.
 MAX_REPLICATED_SLOTS, _MAX_PAIRS = 128, 64 * 128
 _ROWS = 12  # of counts, loaded at a time
 _EXPERTS = 64  # whose counts on all ranks are multiplied at a time
 _LEAST = 16  # rows and columns of a product
 
 
-def fits(num_ranks: int, num_replicated: int) -> bool:
-    """Whether the kernel can take P ranks and J slots.
+def fits(ranks: Ranks, num_replicated: int) -> bool:
+    """Whether the kernel can take J slots of so many ranks.
 
-    >>> fits(36, 64), fits(36, 0), fits(128, 128)
+    >>> few, many = Ranks("expert", 36, 8), Ranks("expert", 128, 3)
+    >>> fits(few, 64), fits(few, 0), fits(many, 128)
     (True, False, False)
+    >>> fits(many._replace(prefers_near=True), 128)
+    True
     """
-    pairs = _padded_ranks(num_ranks) * num_replicated
+    # Pairs of ranks are levelled in arrays P × J.
+    pairs = 0 if ranks.prefers_near else _padded_ranks(ranks.num_ranks) * num_replicated
     return 0 < num_replicated <= MAX_REPLICATED_SLOTS and pairs <= _MAX_PAIRS
 
 

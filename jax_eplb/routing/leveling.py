@@ -176,14 +176,14 @@ def round_off(
 
     def level(_, state):
         whole, way_down = state
-        return _level_pairs(whole, height_of(whole), way_down, replicas)
+        return _shift_down(whole, height_of(whole), way_down, replicas)
 
     # Always as many: to find out whether a round changed anything takes a GPU as long as the round.
     unknown = jnp.maximum(whole, _FAR)  # inside `shard_map` it varies, as `whole` does
     return jax.lax.fori_loop(0, num_rounds, level, (whole, unknown))[0]
 
 
-def _level_pairs(
+def _shift_down(
     whole: Int[Array, "J"],
     height: Int[Array, "J"],  # of each slot's rank
     way_down: Int[Array, "J"],  # the lowest rank that it could shift to, as of the last round
