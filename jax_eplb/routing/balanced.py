@@ -25,8 +25,8 @@ def balanced(expert_tokens: Int[Array, "E"], tables: PlacementTables, ranks: Ran
     the batch the fullest rank of this one is the lightest, within about a thousandth of the mean or
     a token. Among the ways to fill it, one is taken in which every rank sends every other about as
     much, so that small buffers do; or, where `ranks.prefers_near`, tokens stay on their rank, or
-    else on their node, as far as that costs no balance. A slower rank counts
-    as fuller by the tables' `handicap`. The batch, of all ranks, must have fewer than 2^31 choices.
+    else on their node, as far as that costs no balance. A slower rank counts as fuller by the
+    tables' `handicap`. The batch, of all ranks, must have fewer than 2^31 choices.
 
     The ranks agree because they run the same program on the same numbers, on devices of one kind.
     Were their floats to differ, a rank would send a few tokens elsewhere than the others expect,
