@@ -95,7 +95,7 @@ def burst_ms(call: Callable, *arguments, bursts: int = _BURSTS) -> float:
     if not on_gpu:  # calls do not queue, and a difference would be of noise
         return float(1e3 * np.median([seconds(calls) for _ in range(bursts)]) / calls)
     # What disturbs the shorter burst of a pair makes the difference too small, else too large.
-    more = [-seconds(calls) + seconds(2 * calls) for _ in range(bursts)]
+    more = [seconds(2 * calls) - seconds(calls) for _ in range(bursts)]
     return float(1e3 * np.median(more) / calls)
 
 

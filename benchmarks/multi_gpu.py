@@ -28,6 +28,7 @@ from benchmarks.layer_stack import (
     GPT_OSS_20B,
     QWEN3_30B,
     small,
+    usable_exchanges,
 )
 from benchmarks.machine import describe
 from benchmarks.multi_gpu_balancing import balancing_table, measure_balancing
@@ -58,6 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if "balancing" in arguments.parts and not arguments.recordings:
         parser.error("the part 'balancing' replays recordings: give --recordings, or other --parts")
+    if min(arguments.waves, default=1) < 1:
+        parser.error(f"--waves {min(arguments.waves)}: write 1 or more")
     _start(arguments)
     mesh = expert_mesh(arguments.ranks)
     results, tables = {}, []
@@ -99,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         "--layers", type=int, default=8, help="in a stack (8; fewer if memory asks)"
     )
     parser.add_argument(
-        "--exchanges", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS, help="(all)"
+        "--exchanges", nargs="+", choices=IMPLEMENTATIONS, help="(all that are usable here)"
     )
     parser.add_argument(
         "--waves", nargs="+", type=int, default=[], metavar="N", help="also `waves` in N parts"
@@ -141,7 +144,11 @@ def _parts(arguments: argparse.Namespace, mesh: Mesh) -> dict[str, Callable[[], 
         "rounds": arguments.rounds,
     }
     layers = {"num_layers": arguments.layers, **common}
-    ways = {"exchanges": arguments.exchanges, "waves": arguments.waves, "link": arguments.link}
+    ways = {
+        "exchanges": arguments.exchanges or usable_exchanges(),
+        "waves": arguments.waves,
+        "link": arguments.link,
+    }
 
     def balancing():
         replayed = {experts: scaled(shape) for experts, shape in REPLAYED.items()}

@@ -22,7 +22,6 @@ from benchmarks.layer_stack import (
     make_params,
     place_tables,
     stack_step,
-    usable_exchanges,
 )
 from benchmarks.progress import say
 from benchmarks.tables import Column, Table
@@ -77,13 +76,14 @@ def measure_exchange(
         for num_tokens in batches:
             say(f"exchange, {shape.name}, {num_tokens} tokens")
             tokens = draw_tokens(shape, num_ranks * num_tokens, mesh, dtype)
-            caps = {name: (name, None) for name in exchanges if name in usable_exchanges()}
+            ways: dict[str, dict[str, Any]] = {name: {"exchange": name} for name in exchanges}
             rows = num_tokens * shape.top_k  # of a rank
-            caps |= {f"{n} waves": ("waves", math.ceil(_FULLEST * rows / n)) for n in waves}
-            programs = {}
-            for name, (way, cap) in caps.items():
-                bounded = {"exchange": way, "moe_max_num_tokens": cap}
-                programs[name] = _programs(shape.config(num_slots, num_ranks, **bounded), mesh)
+            for n in waves:
+                ways[f"{n} waves"] = {"moe_max_num_tokens": math.ceil(_FULLEST * rows / n)}
+            programs = {
+                name: _programs(shape.config(num_slots, num_ranks, **options), mesh)
+                for name, options in ways.items()
+            }
             yield from _compare(programs, params, tables, tokens, shape, dtype, link, rounds)
 
 

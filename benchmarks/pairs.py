@@ -32,12 +32,12 @@ from jax_eplb.routing import Ranks
 
 _LAYERS = 4  # of the recording, evenly spaced
 _MORE_SLOTS = 2  # of a rank
-# Name, replica choice, what the plan is made for, whether tokens should stay near.
+# Replica choice, and what the plan is made for.
 VARIANTS = (
-    ("even", "even", "even", False),
-    ("balanced, near", "balanced", "balanced", True),
-    ("balanced", "balanced", "balanced", False),
-    ("fewest", "fewest", "balanced", False),
+    ("even", "even"),
+    ("balanced, near", "balanced"),
+    ("balanced", "balanced"),
+    ("fewest", "balanced"),
 )
 COLUMNS = [
     Column("recording", "recording"),
@@ -91,9 +91,9 @@ def measure(
         ],
         axis=1,
     )  # [L, batches, P, E]
-    for name, policy, split, prefers_near in VARIANTS:
+    for policy, split in VARIANTS:
         placement = plan(seen, num_slots, num_ranks, split=split, effort=effort).placement
-        ranks = Ranks("expert", num_ranks, placement.slots_per_rank, prefers_near=prefers_near)
+        ranks = Ranks("expert", num_ranks, placement.slots_per_rank)
         tables = placement.tables(with_leveling=True)
         share = all_shares(policy, ranks)
         found = np.stack(
@@ -108,7 +108,7 @@ def measure(
             "ranks": num_ranks,
             "slots": num_slots,
             "tokens": num_tokens // num_ranks,
-            "policy": name,
+            "policy": policy,
             "imbalance": float(metrics.imbalance(loads).mean()),
             "pair": float((fullest / even_share).mean()),
             "fullest_pair": float((fullest / even_share).max()),

@@ -44,7 +44,7 @@ def burst_ms(torch, call, bursts=9, burst_seconds=0.02, rest_seconds=0.05):
 
     seconds(3)
     calls = math.ceil(min(100.0, burst_seconds / seconds(1)))
-    more = [-seconds(calls) + seconds(2 * calls) for _ in range(bursts)]
+    more = [seconds(2 * calls) - seconds(calls) for _ in range(bursts)]
     return 1e3 * statistics.median(more) / calls
 
 

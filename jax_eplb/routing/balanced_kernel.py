@@ -25,7 +25,7 @@ from jax_eplb.routing.ranks import Ranks
 from jax_eplb.tables import PlacementTables
 
 # The J × J matrix must fit the registers of a block, and so must what levels pairs.
-MAX_REPLICATED_SLOTS, _MAX_PAIRS = 128, 64 * 128
+_MAX_REPLICATED, _MAX_PAIRS = 128, 64 * 128
 _ROWS = 12  # of counts, loaded at a time
 _EXPERTS = 64  # whose counts on all ranks are multiplied at a time
 _LEAST = 16  # rows and columns of a product
@@ -42,7 +42,7 @@ def fits(ranks: Ranks, num_replicated: int) -> bool:
     """
     # Pairs of ranks are levelled in arrays P × J.
     pairs = 0 if ranks.prefers_near else _padded_ranks(ranks.num_ranks) * num_replicated
-    return 0 < num_replicated <= MAX_REPLICATED_SLOTS and pairs <= _MAX_PAIRS
+    return 0 < num_replicated <= _MAX_REPLICATED and pairs <= _MAX_PAIRS
 
 
 def kernel_shares(
@@ -146,8 +146,7 @@ def _kernel(
         share = near_share(quota, Supply(own, before[0], there), near, rank, replicas)
     else:
         row = lax.broadcasted_iota(jnp.int32, (_padded_ranks(num_ranks), num_places), 0)
-        is_one = (row < num_ranks) & used[None]
-        each_own = _load_two(counts_ref, row, expert[None], is_one)
+        each_own = _load_two(counts_ref, row, expert[None], (row < num_ranks) & used[None])
         level = level_pairs(quota, tokens, each_own, there, num_ranks, leveling, replicas)
         whole = jnp.floor(level).astype(jnp.int32)
         share, share_before = (

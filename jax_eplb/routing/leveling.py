@@ -59,9 +59,19 @@ def with_ends(replicas: Replicas) -> Replicas:
     >>> of_expert(with_ends(replicas), jnp.array([1, 2, 3, 4, 5])).tolist()
     [3, 3, 12, 12, 12]
     """
-    earlier = mask_of(replicas.index[None] < replicas.index[:, None])
-    first = replicas.index + (replicas.same_expert & earlier).sum(axis=1, dtype=jnp.int32)
+    first = replicas.index + earlier_of_expert(replicas).sum(axis=1, dtype=jnp.int32)
     return replicas._replace(ends=(first, first + replicas.count - 1))
+
+
+def earlier_of_expert(replicas: Replicas) -> Int[Array, "J J"]:
+    """The mask that joins each slot with those of its expert that come before it."""
+    return replicas.same_expert & mask_of(replicas.index[None] < replicas.index[:, None])
+
+
+def scale_of(replicas: Replicas) -> Float[Array, "J"]:
+    """By which tokens of the slots are multiplied, and heights divided, for `leveling`."""
+    crowd = total(replicas.same_rank, jnp.ones_like(replicas.index))
+    return leveling_scale(crowd.astype(jnp.float32))
 
 
 def of_expert(replicas: Replicas, tokens: Int[Array, "J"]) -> Int[Array, "J"]:
@@ -125,8 +135,7 @@ def divide(
 
     Numbers should be of the order of one: in tokens of a mean rank, say.
     """
-    crowd = total(replicas.same_rank, jnp.ones_like(replicas.index))
-    scale = leveling_scale(crowd.astype(jnp.float32))
+    scale = scale_of(replicas)
     even = tokens / replicas.count.astype(jnp.float32)
     height = fixed + total(replicas.same_rank, even)
     start = even * scale

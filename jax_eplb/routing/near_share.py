@@ -10,7 +10,14 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jax_eplb.routing.leveling import Replicas, mask_of, of_expert, overlap, total
+from jax_eplb.routing.leveling import (
+    Replicas,
+    earlier_of_expert,
+    mask_of,
+    of_expert,
+    overlap,
+    total,
+)
 
 
 class Supply(NamedTuple):
@@ -42,13 +49,10 @@ def near_share(
     First to the own rank, as far as the quotas go, then to the own node, then to the rest. What is
     left of tokens and of quotas is laid side by side, both in the order of ranks.
     """
-    same_expert = replicas.same_expert
-    earlier = mask_of(replicas.index[None] < replicas.index[:, None])
-    earlier_same_expert = same_expert & earlier
+    earlier = earlier_of_expert(replicas)
     is_own, is_before = mask_of(replicas.rank == rank), mask_of(replicas.rank < rank)
 
-    same_place = earlier_same_expert & replicas.same_rank
-    kept = jnp.clip(supply.there - total(same_place, quota), 0, quota)
+    kept = jnp.clip(supply.there - total(earlier & replicas.same_rank, quota), 0, quota)
     quota = quota - kept
     share = is_own & kept
     own = supply.own - of_expert(replicas, share)
@@ -57,9 +61,10 @@ def near_share(
     if near is not None:
         # Within each node: what its ranks have left beside what its slots have left.
         is_near = mask_of(near.node == near.own_node)
-        same_node = same_expert & mask_of(near.node[:, None] == near.node[None])
-        first = total(same_node & earlier, quota)
-        taken = jnp.clip(near.there - total(same_node, kept) - first, 0, quota)
+        same_node = mask_of(near.node[:, None] == near.node[None])
+        first = total(earlier & same_node, quota)
+        kept_there = total(replicas.same_expert & same_node, kept)
+        taken = jnp.clip(near.there - kept_there - first, 0, quota)
         near_quota = of_expert(replicas, is_near & quota)
         near_before = near.before - of_expert(replicas, is_near & is_before & kept)
         share = share + (is_near & overlap(near_before, own, first, quota))
@@ -68,5 +73,5 @@ def near_share(
         own = own - jnp.clip(near_quota - near_before, 0, own)
         quota = quota - taken
 
-    first = total(earlier_same_expert, quota)
+    first = total(earlier, quota)
     return share + overlap(before, own, first, quota)

@@ -10,8 +10,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jax_eplb.routing.leveling import Replicas, mask_of, of_expert, overlap, total
-from jax_eplb.tables import leveling_scale
+from jax_eplb.routing.leveling import (
+    Replicas,
+    earlier_of_expert,
+    of_expert,
+    overlap,
+    scale_of,
+    total,
+)
 
 # On recordings, each rank with text of its own, the fullest pair is then 2% above what the fullest
 # rank asks for on 4 ranks, and up to 9% on 8. Without a round it is up to 9% and 20%.
@@ -32,8 +38,7 @@ def level_pairs(
     From the same part of every rank's tokens on, rounds in which each rank's own loads of the
     others are levelled as far as no share gets negative.
     """
-    crowd = total(replicas.same_rank, jnp.ones_like(replicas.index))
-    scale = leveling_scale(crowd.astype(jnp.float32))[None]
+    scale = scale_of(replicas)[None]
     exists = jax.lax.broadcasted_iota(jnp.int32, own.shape, 0) < num_ranks
     amount = quota.astype(jnp.float32)[None]
 
@@ -79,10 +84,10 @@ def whole_share(
     token goes to the quota beside it. Every rank sees the same picture, and nobody has to ask
     another.
     """
-    earlier = replicas.same_expert & mask_of(replicas.index[None] < replicas.index[:, None])
+    first = total(earlier_of_expert(replicas), quota_left)
     left = own - of_expert(replicas, share)
     left_before = before - of_expert(replicas, share_before)
-    return share + overlap(left_before, left, total(earlier, quota_left), quota_left)
+    return share + overlap(left_before, left, first, quota_left)
 
 
 def _as_float(mask: Int[Array, "J J"]) -> Float[Array, "J J"]:
