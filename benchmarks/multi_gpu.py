@@ -94,6 +94,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--recordings", nargs="+", default=[], metavar="FILE.npz")
     parser.add_argument(
+        "--shapes",
+        nargs="+",
+        choices=[shape.name for shape in SHAPES],
+        help="layers of the parts exchange and moves (all)",
+    )
+    parser.add_argument(
         "--tokens", nargs="+", type=int, metavar="T", help="of a rank (8192 and 128; small: 64, 8)"
     )
     parser.add_argument("--windows", type=int, default=3, help="batches of each recording (3)")
@@ -137,7 +143,8 @@ def _parts(arguments: argparse.Namespace, mesh: Mesh) -> dict[str, Callable[[], 
     """What each part measures, in the sizes that fit the devices."""
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     scaled = small if on_cpu or arguments.small else lambda shape: shape
-    shapes = [scaled(shape) for shape in SHAPES]
+    wanted = arguments.shapes or [shape.name for shape in SHAPES]
+    shapes = [scaled(shape) for shape in SHAPES if shape.name in wanted]
     batches = arguments.tokens or ((64, 8) if on_cpu or arguments.small else (8192, 128))
     common: dict[str, Any] = {
         "dtype": jnp.float32 if on_cpu else jnp.bfloat16,

@@ -20,7 +20,7 @@ from jax_eplb.moving import rebalance
 
 _SEED = 20261126
 _OUTPUTS = 20  # placements whose output is compared
-_EMBED, _HIDDEN, _TOKENS = 256, 128, 32
+_EMBED, _HIDDEN, _TOKENS, _TOP_K = 256, 128, 32, 4
 COLUMNS = [
     Column("check", "check"),
     Column("placements", "placements", 0),
@@ -38,20 +38,24 @@ def run_checks(mesh: Mesh, placements: int, dtype) -> Iterator[dict[str, Any]]:
         return random_placement(generator, num_experts, num_slots, num_ranks)
 
     yield _moves_check(mesh, [draw() for _ in range(placements)], dtype)
-    for exchange in usable_exchanges():
+    ways: dict[str, dict[str, Any]] = {name: {"exchange": name} for name in usable_exchanges()}
+    ways["waves in parts"] = {"moe_max_num_tokens": _TOKENS * _TOP_K // 3}
+    for name, options in ways.items():
         for choice in ("even", "balanced", "fewest"):
             config = MoEConfig(
                 _EMBED,
                 _HIDDEN,
                 num_experts,
-                4,
+                _TOP_K,
                 num_slots,
                 num_ranks,
-                exchange=exchange,
                 replica_choice=choice,
+                **options,
             )
             chosen = [draw() for _ in range(min(placements, _OUTPUTS))]
-            yield _output_check(mesh, config, chosen, dtype)
+            wrong = _wrong_outputs(mesh, config, chosen, dtype)
+            check = f"same output, {name}, {choice} split"
+            yield {"check": check, "placements": len(chosen), "wrong": wrong}
 
 
 def random_placement(
@@ -85,10 +89,8 @@ def _moves_check(mesh: Mesh, placements: list[Placement], dtype) -> dict[str, An
     return {"check": "every slot holds its expert", "placements": len(placements), "wrong": wrong}
 
 
-def _output_check(
-    mesh: Mesh, config: MoEConfig, placements: list[Placement], dtype
-) -> dict[str, Any]:
-    """The layer's output on each placement against that on the first, byte for byte."""
+def _wrong_outputs(mesh: Mesh, config: MoEConfig, placements: list[Placement], dtype) -> int:
+    """On how many placements the layer's output is not that on the first, byte for byte."""
     layer = MoE(config, mesh=mesh, rngs=nnx.Rngs(_SEED), placement=placements[0], dtype=dtype)
     shape = (config.num_ranks * _TOKENS, _EMBED)
     drawn = np.random.default_rng(_SEED).normal(size=shape).astype(dtype)
@@ -103,8 +105,7 @@ def _output_check(
     for placement in placements[1:]:
         layer.use_placement(placement)
         wrong += not np.array_equal(output(), first)
-    name = f"same output, {config.exchange}, {config.replica_choice} split"
-    return {"check": name, "placements": len(placements), "wrong": wrong}
+    return wrong
 
 
 def checks_table(rows: list[dict]) -> Table:

@@ -62,7 +62,7 @@ def with_one_batch(measure):
 
 @pytest.mark.slow
 def test_every_part_gives_its_figures(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(multi_gpu, "SHAPES", (TINY,))
+    monkeypatch.setattr(multi_gpu, "SHAPES", (TINY._replace(name="not asked for"), TINY))
     monkeypatch.setattr(multi_gpu, "REPLAYED", {8: TINY})
     monkeypatch.setattr(multi_gpu, "small", lambda shape: shape)
     monkeypatch.setattr("benchmarks.multi_gpu_moves._STEPS", 4)
@@ -74,25 +74,18 @@ def test_every_part_gives_its_figures(tmp_path, monkeypatch, capsys):
     np.savez(tmp_path / "recording.npz", counts=counts)
     file = tmp_path / "figures.json"
     options = ["--ranks", "2", "--layers", "2", "--rounds", "1", "--placements", "3"]
-    options += [
-        "--effort",
-        "fast",
-        "--windows",
-        "1",
-        "--waves",
-        "2",
-        "--recordings",
-        str(tmp_path / "recording.npz"),
-    ]
+    options += ["--effort", "fast", "--windows", "1", "--waves", "2", "--shapes", TINY.name]
+    options += ["--recordings", str(tmp_path / "recording.npz")]
     multi_gpu.main([*options, "--json", str(file)])
     found = json.loads(file.read_text())
     assert {row["exchange"] for row in found["exchange"]} == {"waves", "all_gather", "2 waves"}
+    assert {row["shape"] for row in found["exchange"] + found["moves"]} == {TINY.name}
     by_variant = {row["variant"]: row for row in found["balancing"] if row["tokens"] == 64}
     assert by_variant["uniform routing"]["imbalance"] == 0
     assert by_variant["planned, balanced"]["imbalance"] < by_variant["contiguous"]["imbalance"]
     assert all(row["compilations"] == 0 for row in found["moves"])
     assert {row["layers"] for row in found["moves"] if "tokens" in row} == {1, 2}
-    assert [row["wrong"] for row in found["checks"]] == [0] * 7
+    assert [row["wrong"] for row in found["checks"]] == [0] * 10
     assert "Experts moved while layers run" in capsys.readouterr().out
 
 
@@ -107,7 +100,7 @@ def test_one_device_moves_its_own_slots(tmp_path, monkeypatch):
     multi_gpu.main([*options, "--parts", "moves", "checks", "--json", str(file)])
     found = json.loads(file.read_text())
     assert all(row["megabytes"] > 0 and row["compilations"] == 0 for row in found["moves"])
-    assert [row["wrong"] for row in found["checks"]] == [0] * 7
+    assert [row["wrong"] for row in found["checks"]] == [0] * 10
 
 
 def test_the_part_that_replays_asks_for_recordings(capsys):
