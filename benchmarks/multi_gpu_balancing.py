@@ -47,6 +47,7 @@ COLUMNS = [
     Column("speed_up", "times faster", 2),
     Column("of_perfect", "of the perfect gain", 2),
     Column("of_perfect_with_replicas", "with replicas", 2),
+    Column("of_perfect_drawn", "drawn", 2),
 ]
 
 
@@ -56,7 +57,7 @@ class Variant(NamedTuple):
     name: str
     choice: str | None = None  # of replicas; None: the contiguous placement, without any
     ahead: bool = False  # planned from what is then routed, not from what came before
-    uniform: bool = False  # routing without skew, as a bound
+    routing: str = "recorded"  # or, as bounds without skew, "uniform" and "drawn"
 
     @property
     def split(self) -> str | None:
@@ -64,9 +65,11 @@ class Variant(NamedTuple):
         return "balanced" if self.choice == "fewest" else self.choice
 
 
-CONTIGUOUS, UNIFORM = Variant("contiguous"), Variant("uniform routing", uniform=True)
+CONTIGUOUS, UNIFORM = Variant("contiguous"), Variant("uniform routing", routing="uniform")
 # What replicas cost where there is nothing to balance: slots more, and their division.
-WITH_REPLICAS = Variant("uniform, balanced", "balanced", uniform=True)
+WITH_REPLICAS = Variant("uniform, balanced", "balanced", routing="uniform")
+# Experts that are equally likely, but whose tokens do not fill tiles exactly.
+DRAWN = Variant("drawn uniformly", routing="drawn")
 VARIANTS = (
     CONTIGUOUS,
     Variant("planned, even", "even"),
@@ -74,6 +77,7 @@ VARIANTS = (
     Variant("planned, fewest", "fewest"),
     Variant("planned ahead, balanced", "balanced", ahead=True),
     WITH_REPLICAS,
+    DRAWN,
     UNIFORM,
 )
 
@@ -118,22 +122,26 @@ def measure_balancing(
         for num_tokens in batches:
             total = num_tokens * mesh.shape[AXIS]
             variants = [v for v in VARIANTS if v.choice != "fewest" or num_tokens <= _FEW]
-            uniform = _batch(replay.uniform(_LAYERS, total), kept, mesh, dtype)
+            routed = {
+                "uniform": _batch(replay.uniform(_LAYERS, total), kept, mesh, dtype),
+                "drawn": _batch(replay.drawn(_LAYERS, total), kept, mesh, dtype),
+            }
             say(f"{replay.name}: compiling for {num_tokens} tokens")
             compiled = compile_all(
                 {
-                    found.config: (found.step, (found.params, found.tables, uniform.tokens))
+                    found.config: (found.step, (found.params, found.tables, routed["drawn"].tokens))
                     for found in (prepared[variant] for variant in variants)
                 }
             )
             times = []
             for window in range(windows):
                 say(f"{replay.name}: window {window + 1} of {windows}")
-                skewed = _batch(replay.batch(chosen, total, window, windows), kept, mesh, dtype)
+                recorded = replay.batch(chosen, total, window, windows)
+                routed["recorded"] = _batch(recorded, kept, mesh, dtype)
                 calls, imbalance = {}, {}
                 for variant in variants:
                     config, _, params, tables = prepared[variant]
-                    ids, tokens = uniform if variant.uniform else skewed
+                    ids, tokens = routed[variant.routing]
                     call = functools.partial(compiled[config], params, tables, tokens)
                     imbalance[variant] = _imbalance(call(), ids, f"{replay.name}, {variant.name}")
                     calls[variant] = functools.partial(burst_ms, call, bursts=1)
@@ -242,6 +250,7 @@ def _rows(replay: Replay, shape: Shape, num_tokens: int, times: list[dict]) -> I
             "speed_up": float(contiguous / ms),
             "of_perfect": part_of_gain(ms, UNIFORM),
             "of_perfect_with_replicas": part_of_gain(ms, WITH_REPLICAS),
+            "of_perfect_drawn": part_of_gain(ms, DRAWN),
         }
 
 
@@ -250,6 +259,7 @@ def balancing_table(rows: list[dict]) -> Table:
         "Planned from the recording's first half, or, ahead, from the second; timed on batches of "
         f"the second. {_MORE_SLOTS} replicas more on each rank. Imbalance is (max - mean) / mean "
         "of the ranks' tokens. Of the perfect gain: what was saved over what uniform routing "
-        "saves; with replicas: over what it saves in the slots of the plan.",
+        "saves; with replicas: over what it saves in the slots of the plan; drawn: over what "
+        "routing without replicas saves where every expert is as likely as any other.",
     ]
     return Table("A layer's time with routing of recordings", COLUMNS, rows, notes)

@@ -43,10 +43,7 @@ class Replay(NamedTuple):
             return later[index].swapaxes(0, 1)
         later = self.counts[len(self.counts) // 2 :]
         share = later[len(later) * window // of, layers] + 1e-9  # [L, E]
-        generator = np.random.default_rng([_SEED, window])
-        noise = generator.gumbel(size=(len(layers), num_tokens, self.num_experts))
-        merits = np.log(share)[:, None] + noise
-        return np.argpartition(-merits, self.top_k, axis=-1)[..., : self.top_k]
+        return self._draw(share, num_tokens, window)
 
     def uniform(self, num_layers: int, num_tokens: int) -> np.ndarray:
         """Ids [L, T, K] that give every expert the same load, as nearly as whole tokens allow."""
@@ -58,6 +55,17 @@ class Replay(NamedTuple):
                 for _ in range(num_layers)
             ]
         )
+
+    def drawn(self, num_layers: int, num_tokens: int) -> np.ndarray:
+        """Ids [L, T, K] where every expert is as likely as any other."""
+        return self._draw(np.ones((num_layers, self.num_experts)), num_tokens, _WINDOWS)
+
+    def _draw(self, share: np.ndarray, num_tokens: int, seed: int) -> np.ndarray:
+        """Different experts for each token, by their shares [L, E] of the load."""
+        generator = np.random.default_rng([_SEED, seed])
+        noise = generator.gumbel(size=(len(share), num_tokens, self.num_experts))
+        merits = np.log(share)[:, None] + noise
+        return np.argpartition(-merits, self.top_k, axis=-1)[..., : self.top_k]
 
 
 def read_replays(paths: list[str], top_k_of: dict[int, int]) -> Iterator[Replay]:

@@ -40,6 +40,9 @@ def test_a_batch_follows_the_recordings_second_half():
     assert set(drawn.ravel()) == {3, 4}
     uniform = Replay("counts", 6, 2, counts, None).uniform(1, 30)
     np.testing.assert_array_equal(np.bincount(uniform.ravel()), 10)
+    drawn = Replay("counts", 6, 2, counts, None).drawn(1, 3000)[0]
+    assert (drawn[:, 0] != drawn[:, 1]).all()
+    np.testing.assert_allclose(np.bincount(drawn.ravel()), 1000, rtol=0.15)
 
 
 def test_a_turn_of_as_many_steps_as_ranks_comes_back():
@@ -82,6 +85,7 @@ def test_every_part_gives_its_figures(tmp_path, monkeypatch, capsys):
     assert {row["shape"] for row in found["exchange"] + found["moves"]} == {TINY.name}
     by_variant = {row["variant"]: row for row in found["balancing"] if row["tokens"] == 64}
     assert by_variant["uniform routing"]["imbalance"] == 0
+    assert 0 < by_variant["drawn uniformly"]["imbalance"] < by_variant["contiguous"]["imbalance"]
     assert by_variant["planned, balanced"]["imbalance"] < by_variant["contiguous"]["imbalance"]
     assert all(row["compilations"] == 0 for row in found["moves"])
     assert {row["layers"] for row in found["moves"] if "tokens" in row} == {1, 2}
