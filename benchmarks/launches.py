@@ -1,10 +1,11 @@
-"""How many kernels a GPU is asked to run for one layer of a decoding step.
+"""How many kernels a GPU is asked to run for one layer of a decoding step, and in what memory.
 
-    python -m benchmarks.launches [--ranks P] [--tokens T] [--json]
+    python -m benchmarks.launches [--ranks P] [--tokens T] [--shapes NAME ...] [--json]
 
 A decoding step waits for launches more than for what they do. Counted in the program that XLA
-compiles, in the body of the loop over layers and in the branch of the exchange with most. Where
-there are too few GPUs the program is compiled for as many H100 that are not there; that takes
+compiles, in the body of the loop over layers and in the branch of the exchange with most. Memory is
+what the program needs beside its arguments and results, whatever is routed where. Where there are
+too few GPUs the program is compiled for as many H100 that are not there; that takes
 `jax-eplb[gpu]`, and CUDA's `ptxas` (XLA_FLAGS=--xla_gpu_cuda_data_dir=DIR where XLA does not find
 it). It also shows that programs compile before a GPU is to run them.
 """
@@ -24,12 +25,21 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
-from benchmarks.layer_stack import AXIS, GPT_OSS_20B, QWEN3_30B, Shape, params_spec, separate_layers
+from benchmarks.layer_stack import (
+    AXIS,
+    DEEPSEEK_R1,
+    GPT_OSS_20B,
+    QWEN3_30B,
+    Shape,
+    params_spec,
+    separate_layers,
+)
 from benchmarks.tables import Column, Table
 from jax_eplb.moe.feed_forward import ExpertWeights
 from jax_eplb.moe.forward import MoEParams
-from jax_eplb.placement import Placement
+from jax_eplb.placement import Placement, fewest_slots
 
+SHAPES = (GPT_OSS_20B, QWEN3_30B, DEEPSEEK_R1)
 _LAYERS, _MORE_SLOTS = 4, 2  # slots more on each rank
 _VARIANTS = (
     ("contiguous", "even", 0),
@@ -40,6 +50,7 @@ COLUMNS = [
     Column("variant", "replica choice"),
     Column("launches", "launches of a layer", 0),
     Column("collectives", "of them collectives", 0),
+    Column("memory_mib", "memory MiB", 0),
 ]
 # What stands for no launch of its own in a compiled program.
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id")
@@ -91,19 +102,20 @@ def measure(mesh: Mesh, shapes: tuple[Shape, ...], num_tokens: int) -> Iterator[
             # The code asks what it runs on; only the compiler is told otherwise.
             with mock.patch.object(jax, "default_backend", return_value="gpu"):
                 program = compiled(mesh, shape, choice, more, num_tokens)
-            launches, collectives = count_launches(program)
+            launches, collectives = count_launches(program.as_text() or "")
             yield {
                 "shape": shape.name,
                 "variant": name,
                 "launches": launches,
                 "collectives": collectives,
+                "memory_mib": program.memory_analysis().temp_size_in_bytes / 2**20,
             }
 
 
-def compiled(mesh: Mesh, shape: Shape, choice: str, more: int, num_tokens: int) -> str:
-    """The text of the compiled program of four layers under `scan`."""
+def compiled(mesh: Mesh, shape: Shape, choice: str, more: int, num_tokens: int):
+    """The compiled program of four layers under `scan`."""
     num_ranks = mesh.size
-    num_slots = shape.experts + more * num_ranks
+    num_slots = fewest_slots(shape.experts + more * num_ranks, num_ranks)
     config = shape.config(num_slots, num_ranks, replica_choice=choice, kernel="mosaic")
 
     def described(array_shape, dtype, spec) -> Any:
@@ -128,7 +140,7 @@ def compiled(mesh: Mesh, shape: Shape, choice: str, more: int, num_tokens: int) 
         ),
     )
     tokens = described((_LAYERS, num_ranks * num_tokens, wide), jnp.bfloat16, P(None, AXIS))
-    return separate_layers(config, mesh).lower(params, tables, tokens).compile().as_text() or ""
+    return separate_layers(config, mesh).lower(params, tables, tokens).compile()
 
 
 def count_launches(program: str) -> tuple[int, int]:
@@ -175,17 +187,20 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--ranks", type=int, default=4, metavar="P", help="GPUs (4)")
     parser.add_argument("--tokens", type=int, default=128, metavar="T", help="of each rank (128)")
+    names = [shape.name for shape in SHAPES]
+    parser.add_argument("--shapes", nargs="+", choices=names, default=names, help="layers of (all)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     given = parser.parse_args(argv)
     try:
         mesh = gpu_mesh(given.ranks)
     except RuntimeError as error:
         parser.error(str(error))
-    rows = list(measure(mesh, (GPT_OSS_20B, QWEN3_30B), given.tokens))
+    shapes = tuple(shape for shape in SHAPES if shape.name in given.shapes)
+    rows = list(measure(mesh, shapes, given.tokens))
     if given.json:
         print(json.dumps({"jax": jax.__version__, "ranks": given.ranks, "rows": rows}))
         return
-    title = f"Launches of a layer, {given.ranks} GPUs, {given.tokens} tokens each"
+    title = f"Launches and memory of a layer, {given.ranks} GPUs, {given.tokens} tokens each"
     Console(width=100).print(Table(title, COLUMNS, rows).as_rich())
 
 

@@ -18,17 +18,18 @@ RANKS, PER_RANK, T, K, D = 4, 3, 10, 2, 5
 SLOTS = RANKS * PER_RANK
 WHOLE = T * K
 ONE_WAVE = {
-    "waves": ExchangeSizes("waves", (WHOLE,), in_waves=False),
-    "waves, the lesser buffer where it does": ExchangeSizes("waves", (8, WHOLE), in_waves=False),
-    "ragged": ExchangeSizes("ragged", (WHOLE,), in_waves=False),
-    "all_gather": ExchangeSizes("all_gather", (T,), in_waves=False),
+    "waves": ExchangeSizes("waves", (WHOLE,)),
+    "waves, the lesser buffer where it does": ExchangeSizes("waves", (8, WHOLE)),
+    "ragged": ExchangeSizes("ragged", (WHOLE,)),
+    "all_gather": ExchangeSizes("all_gather", (T,)),
 }
 MANY_WAVES = {
-    "waves of 1": ExchangeSizes("waves", (1,), in_waves=True),
-    "waves of 3": ExchangeSizes("waves", (3,), in_waves=True),
-    "ragged in waves of 3": ExchangeSizes("ragged", (3,), in_waves=True),
-    "all_gather of 1 token": ExchangeSizes("all_gather", (1,), in_waves=True),
-    "all_gather of 4 tokens": ExchangeSizes("all_gather", (4,), in_waves=True),
+    "waves of 1": ExchangeSizes("waves", (), 1),
+    "waves of 3": ExchangeSizes("waves", (), 3),
+    "waves of 3 where 8 are too few": ExchangeSizes("waves", (4, 8), 3),
+    "ragged in waves of 3": ExchangeSizes("ragged", (), 3),
+    "all_gather of 1 token": ExchangeSizes("all_gather", (), 1),
+    "all_gather of 4 tokens": ExchangeSizes("all_gather", (), 4),
 }
 EVERY = ONE_WAVE | MANY_WAVES
 
@@ -196,11 +197,9 @@ def test_a_rank_without_tokens_still_serves_the_others(name):
 def test_fewer_ranks_give_the_same_bits(name, ranks):
     arrays = drawn(5)
     sizes = EVERY[name]
-    capacities = tuple(c if c < WHOLE and name != "all_gather" else RANKS * WHOLE // ranks
-                       for c in sizes.capacities)  # fmt: skip
-    if name == "all_gather":
-        capacities = (RANKS * T // ranks,)
-    found = results_and_gradients(sizes._replace(capacities=capacities), ranks)(*arrays)
+    more = RANKS // ranks  # tokens of a rank, times what it was
+    sizes = sizes._replace(in_one_wave=tuple(more * size for size in sizes.in_one_wave))
+    found = results_and_gradients(sizes, ranks)(*arrays)
     plain = results_and_gradients(ONE_WAVE["waves"])(*arrays)
     for got, expected in zip(found[:3], plain[:3], strict=True):
         np.testing.assert_array_equal(got, expected)

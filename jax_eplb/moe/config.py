@@ -16,10 +16,17 @@ from jax_eplb.routing import (
 )
 from jax_eplb.routing.fewest import WORTH_READING
 
-# Rows that a rank sends another, in even shares. Where replicas level the pairs the first does;
-# without them chance moves a large share by less than an eighth, at four standard deviations; what
-# domains move it by, the others nearly always cover.
-_LARGE_SHARE, _BUFFERS_OF_LARGE, _BUFFERS = 1024, (1.0625, 1.125, 1.25, 1.5, 2.0), (2.0,)
+# Rows that a rank sends another in one wave of a large batch, in even shares. Where replicas level
+# the pairs of ranks the first buffer does; without them chance moves a share of 1,024 by less than
+# an eighth, at four standard deviations; what domains move it by, the others nearly always cover.
+_BUFFERS_OF_LARGE = (1.0625, 1.125, 1.25, 1.5)
+# Of a small one, whose time is that of reading weights, each wave would read them anew: so larger
+# ones, in multiples of twice the share or of what five standard deviations make of it.
+_BUFFERS, _DEVIATIONS = (1, 2, 4), 5
+# Where only full rows travel, nothing but memory is lost by a large one.
+_BUFFERS_OF_RAGGED = (4.0,)
+# Rows for each rank, or numbers for all of them, from which a batch is large.
+_LARGE_SHARE, _LARGE_BATCH = 1024, 1 << 26
 # To choose a buffer the host waits for the device, which takes a small batch longer than to send so
 # many numbers more.
 _WORTH_WAITING = 1 << 22
@@ -31,7 +38,7 @@ class MoEConfig:
 
     `moe_max_num_tokens` (TensorRT-LLM's name) bounds the rows that a rank receives and computes in
     one wave of the exchange; a fuller batch takes more waves, of which the next arrives while one
-    is computed. None: one wave does, with buffers for the worst case.
+    is computed. None: a few times the even share, or of a small batch all that there can be.
     """
 
     embed_dim: int  # D
@@ -115,24 +122,39 @@ class MoEConfig:
             tokens = max(1, num_tokens)
             if cap is not None:
                 tokens = min(tokens, cap // self._least_in_wave)
-            return ExchangeSizes("all_gather", (tokens,), in_waves=tokens < num_tokens)
+            if tokens < num_tokens:
+                return ExchangeSizes("all_gather", (), tokens)
+            return ExchangeSizes("all_gather", (tokens,))
         whole = max(1, num_tokens * on_one_rank)
-        if cap is not None:
-            capacity = min(whole, cap // self.num_ranks)
-            return ExchangeSizes(self.exchange, (capacity,), in_waves=capacity < whole)
-        if self.exchange != "waves":
-            return ExchangeSizes(self.exchange, (whole,), in_waves=False)
-        # Buffers travel whole, so a large batch tries snug ones first. Where none does, all of it
-        # goes at once.
-        share = num_tokens * self.experts_per_token / self.num_ranks
-        large = share >= _LARGE_SHARE
-        buffers = _BUFFERS_OF_LARGE if large else _BUFFERS
-        sizes = [max(64, math.ceil(shares * share)) for shares in buffers]
-        saved = (whole - sizes[0]) * self.num_ranks * self.embed_dim
-        if not large and saved <= _WORTH_WAITING:
-            sizes = []
-        capacities = (*(size for size in sizes if size < whole), whole)
-        return ExchangeSizes(self.exchange, capacities, in_waves=False)
+        most = whole if cap is None else min(whole, cap // self.num_ranks)
+        rows = num_tokens * self.experts_per_token
+        share = rows / self.num_ranks
+        large = share >= _LARGE_SHARE or rows * self.embed_dim >= _LARGE_BATCH
+        buffers = self._buffers(share, large)
+        saved = (whole - buffers[0]) * self.num_ranks * self.embed_dim
+        worth_choosing = large or saved > _WORTH_WAITING
+        buffers = tuple(size for size in buffers if size < most) if worth_choosing else ()
+        if cap is None and buffers and whole > 2 * buffers[-1]:
+            # Two waves are in memory at a time: of a large batch as much as the largest buffer.
+            several = math.ceil(buffers[-1] / 2) if large else buffers[-1]
+            return ExchangeSizes(self.exchange, buffers, several)
+        if most < whole:
+            return ExchangeSizes(self.exchange, (*buffers, most) if buffers else (), most)
+        return ExchangeSizes(self.exchange, (*buffers, whole))
+
+    def _buffers(self, share: float, large: bool) -> list[int]:
+        """Rows for each pair of ranks, ascending, that may do where an even share has so many.
+
+        Buffers travel whole, so snug ones are tried first.
+        """
+        if self.exchange == "ragged":
+            sizes = [each * share for each in _BUFFERS_OF_RAGGED]
+        elif large:
+            sizes = [each * share for each in _BUFFERS_OF_LARGE]
+        else:
+            usual = max(2 * share, share + _DEVIATIONS * math.sqrt(share))
+            sizes = [each * usual for each in _BUFFERS]
+        return [max(1, math.ceil(size)) for size in sizes]
 
     @property
     def _least_in_wave(self) -> int:

@@ -3,12 +3,12 @@
 Axes: T tokens of this rank, K choices per token, P ranks, N slots per rank, D embedding width, B
 rows that a rank sends in one wave, M rows that it computes in one. A choice is one (token, k) pair.
 
-Waves go on until the fullest pair of ranks is done, so no token is ever dropped, and with a bound
-on the rows the buffers stay what they are however skewed the load. While a wave is computed the
-next one's rows travel. Rows are computed in blocks of one size, placed, and added in the order of
-the choices: so neither the placement, nor the waves, nor the way they travel changes a bit of the
-result. The gradient walks the same waves again and computes each one anew, so that training is
-bounded alike.
+Waves go on until the fullest pair of ranks is done, so no token is ever dropped, and the buffers
+stay what they are however skewed the load; nearly always one wave does. While one of several is
+computed the next one's rows travel. Rows are computed in blocks of one size, placed, and added in
+the order of the choices: so neither the placement, nor the waves, nor the way they travel changes a
+bit of the result. The gradient walks the same waves again and computes each one anew, so that
+training is bounded alike.
 """
 
 import functools
@@ -31,19 +31,23 @@ Compute = Callable[[Float[Array, "M D"], Any, Int[Array, "N"]], Float[Array, "M 
 
 
 class ExchangeSizes(NamedTuple):
-    """How much travels at once; static."""
+    """How much travels at once; static.
+
+    Rows for each pair of ranks; of all_gather: tokens of each rank.
+    """
 
     implementation: str  # one of IMPLEMENTATIONS
-    # Rows for each pair of ranks in a wave; of all_gather: tokens of each rank. If one wave is to
-    # do, several may stand here, ascending: the first that the fullest pair fits into is used.
-    capacities: tuple[int, ...]
-    in_waves: bool  # as many as it takes, of the only capacity; else one
+    # Buffers that may take everything in one wave, ascending: the first that the fullest pair fits
+    # into does.
+    in_one_wave: tuple[int, ...]
+    # Of a batch that fits into none of them, what goes in a wave of several; None: all fit.
+    in_several: int | None = None
 
     @property
     def fit_the_fullest_pair(self) -> bool:
         """Whether more travels the more the fullest pair of ranks has to exchange."""
-        of_pairs = self.implementation == "waves"
-        return of_pairs and (self.in_waves or len(self.capacities) > 1)
+        several = self.in_several is not None or len(self.in_one_wave) > 1
+        return self.implementation == "waves" and several
 
 
 def exchange(
@@ -136,21 +140,27 @@ def _in_waves(sizes: ExchangeSizes, ranks: Ranks, order: SlotOrder, send, run, f
             return Gathered(order, ranks, capacity)
         return Waves(order, ranks, capacity, sizes.implementation == "ragged")
 
-    def once(capacity):
+    def at_once(capacity):
         transport = transport_of(capacity)
         wave = transport.wave(0)
         rows, total = run(transport, wave, send(transport, wave))
-        return finish(rows, wave.place), total
+        return equally_varying((finish(rows, wave.place), total))
 
-    if not sizes.in_waves:
-        ways = [functools.partial(once, capacity) for capacity in sizes.capacities]
-        first = jnp.int32(0)  # that the fullest pair fits into
-        for capacity in sizes.capacities[:-1]:
-            first = first + jnp.asarray(transport_of(capacity).num_waves() > 1, jnp.int32)
-        return jax.lax.switch(first, ways)
+    def one_by_one(capacity):
+        return equally_varying(_one_by_one(transport_of(capacity), order, send, run, finish))
 
-    (capacity,) = sizes.capacities
-    transport, num_choices = transport_of(capacity), order.choice.size
+    ways = [functools.partial(at_once, capacity) for capacity in sizes.in_one_wave]
+    if sizes.in_several is not None:
+        ways.append(functools.partial(one_by_one, sizes.in_several))
+    first = jnp.int32(0)  # of the ways that does
+    for capacity in sizes.in_one_wave[: len(ways) - 1]:
+        first = first + jnp.asarray(transport_of(capacity).num_waves() > 1, jnp.int32)
+    return jax.lax.switch(first, ways)
+
+
+def _one_by_one(transport: Gathered | Waves, order: SlotOrder, send, run, finish):
+    """Several waves, whose rows wait for each other in a table by choice."""
+    num_choices = order.choice.size
 
     def add_wave(done, wave, sent):
         placed, total = done
