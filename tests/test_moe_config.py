@@ -2,8 +2,11 @@ import dataclasses
 import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jax_eplb import MoEConfig
+from jax_eplb.moe.exchange import IMPLEMENTATIONS
 from jax_eplb.routing import POLICIES, RouterConfig
 
 
@@ -71,6 +74,36 @@ def test_without_a_cap_a_large_batch_that_is_skewed_goes_in_several_waves():
     assert large == ("waves", (2176, 2304, 2560, 3072), 3072 // 2)
     # Between two ranks the worst case is twice the even share, which is no more than it is worth.
     assert config(num_ranks=2).exchange_sizes(4096).in_several is None
+
+
+@given(
+    num_tokens=st.integers(0, 20000),
+    num_ranks=st.sampled_from([1, 2, 4, 8, 32]),
+    embed_dim=st.sampled_from([4, 512, 7168]),
+    exchange=st.sampled_from(IMPLEMENTATIONS),
+    cap=st.one_of(st.none(), st.integers(300, 100_000)),
+)
+def test_whatever_is_routed_has_a_buffer_within_the_bound(
+    num_tokens, num_ranks, embed_dim, exchange, cap
+):
+    sizes = config(
+        num_experts=64,
+        num_slots=64,
+        experts_per_token=8,
+        num_ranks=num_ranks,
+        embed_dim=embed_dim,
+        exchange=exchange,
+        moe_max_num_tokens=cap,
+    ).exchange_sizes(num_tokens)
+    assert list(sizes.in_one_wave) == sorted(set(sizes.in_one_wave))
+    on_one_rank = min(8, 64 // num_ranks)
+    everything = num_tokens if exchange == "all_gather" else num_tokens * on_one_rank
+    if sizes.in_several is None:
+        assert sizes.in_one_wave[-1] >= everything
+    received = num_ranks * max(*sizes.in_one_wave, sizes.in_several or 1, 1)
+    if exchange == "all_gather":
+        received *= on_one_rank
+    assert cap is None or received <= cap
 
 
 OF_R1 = {"embed_dim": 7168, "num_experts": 256, "experts_per_token": 8}
