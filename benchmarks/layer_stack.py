@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from jax_eplb.mesh import lay_out
 from jax_eplb.moe.config import MoEConfig
-from jax_eplb.moe.exchange import IMPLEMENTATIONS
+from jax_eplb.moe.exchange_sizes import IMPLEMENTATIONS
 from jax_eplb.moe.feed_forward import ExpertWeights
 from jax_eplb.moe.forward import MoEParams, moe_forward
 from jax_eplb.placement import Placement

@@ -39,7 +39,7 @@ from benchmarks.replayed_routing import read_replays
 from benchmarks.setting import EFFORTS
 from benchmarks.tables import Table
 from jax_eplb.mesh import expert_mesh, simulate_devices
-from jax_eplb.moe.exchange import IMPLEMENTATIONS
+from jax_eplb.moe.exchange_sizes import IMPLEMENTATIONS
 
 PARTS = ("exchange", "balancing", "moves", "checks")
 # NVLink 4 of an H100 or H200: 900 GB/s, half of it each way (NVIDIA's data sheets).

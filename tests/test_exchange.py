@@ -8,7 +8,8 @@ from jax.sharding import PartitionSpec as P
 
 from jax_eplb import expert_mesh
 from jax_eplb.kernels import grouped_matmul
-from jax_eplb.moe.exchange import ExchangeSizes, exchange
+from jax_eplb.moe.exchange import exchange
+from jax_eplb.moe.exchange_sizes import ExchangeSizes
 from jax_eplb.routing import Ranks, SlotOrder
 from tests.ragged_emulation import ragged_all_to_all
 

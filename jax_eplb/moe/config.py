@@ -1,10 +1,9 @@
 """What an MoE layer is made of: the static sizes and choices, checked once."""
 
 import dataclasses
-import math
 
 from jax_eplb.kernels import activation_named, check_implementation
-from jax_eplb.moe.exchange import IMPLEMENTATIONS, ExchangeSizes
+from jax_eplb.moe.exchange_sizes import IMPLEMENTATIONS, ExchangeSizes, exchange_sizes
 from jax_eplb.placement import check_sizes
 from jax_eplb.routing import (
     POLICIES,
@@ -15,21 +14,6 @@ from jax_eplb.routing import (
     split_of,
 )
 from jax_eplb.routing.fewest import WORTH_READING
-
-# Rows that a rank sends another in one wave of a large batch, in even shares. Where replicas level
-# the pairs of ranks the first buffer does; without them chance moves a share of 1,024 by less than
-# an eighth, at four standard deviations; what domains move it by, the others nearly always cover.
-_BUFFERS_OF_LARGE = (1.0625, 1.125, 1.25, 1.5)
-# Of a small one, whose time is that of reading weights, each wave would read them anew: so larger
-# ones, in multiples of twice the share or of what five standard deviations make of it.
-_BUFFERS, _DEVIATIONS = (1, 2, 4), 5
-# Where only full rows travel, nothing but memory is lost by a large one.
-_BUFFERS_OF_RAGGED = (4.0,)
-# Rows for each rank, or numbers for all of them, from which a batch is large.
-_LARGE_SHARE, _LARGE_BATCH = 1024, 1 << 26
-# To choose a buffer the host waits for the device, which takes a small batch longer than to send so
-# many numbers more.
-_WORTH_WAITING = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,46 +99,15 @@ class MoEConfig:
 
     def exchange_sizes(self, num_tokens: int) -> ExchangeSizes:
         """How much travels at once, for a batch of T tokens a rank."""
-        # A token's choices are of different experts, so of different slots.
-        on_one_rank = min(self.experts_per_token, self.slots_per_rank)
-        cap = self.moe_max_num_tokens
-        if self.exchange == "all_gather":
-            tokens = max(1, num_tokens)
-            if cap is not None:
-                tokens = min(tokens, cap // self._least_in_wave)
-            if tokens < num_tokens:
-                return ExchangeSizes("all_gather", (), tokens)
-            return ExchangeSizes("all_gather", (tokens,))
-        whole = max(1, num_tokens * on_one_rank)
-        most = whole if cap is None else min(whole, cap // self.num_ranks)
-        rows = num_tokens * self.experts_per_token
-        share = rows / self.num_ranks
-        large = share >= _LARGE_SHARE or rows * self.embed_dim >= _LARGE_BATCH
-        buffers = self._buffers(share, large)
-        saved = (whole - buffers[0]) * self.num_ranks * self.embed_dim
-        worth_choosing = large or saved > _WORTH_WAITING
-        buffers = tuple(size for size in buffers if size < most) if worth_choosing else ()
-        if cap is None and buffers and whole > 2 * buffers[-1]:
-            # Two waves are in memory at a time: of a large batch as much as the largest buffer.
-            several = math.ceil(buffers[-1] / 2) if large else buffers[-1]
-            return ExchangeSizes(self.exchange, buffers, several)
-        if most < whole:
-            return ExchangeSizes(self.exchange, (*buffers, most) if buffers else (), most)
-        return ExchangeSizes(self.exchange, (*buffers, whole))
-
-    def _buffers(self, share: float, large: bool) -> list[int]:
-        """Rows for each pair of ranks, ascending, that may do where an even share has so many.
-
-        Buffers travel whole, so snug ones are tried first.
-        """
-        if self.exchange == "ragged":
-            sizes = [each * share for each in _BUFFERS_OF_RAGGED]
-        elif large:
-            sizes = [each * share for each in _BUFFERS_OF_LARGE]
-        else:
-            usual = max(2 * share, share + _DEVIATIONS * math.sqrt(share))
-            sizes = [each * usual for each in _BUFFERS]
-        return [max(1, math.ceil(size)) for size in sizes]
+        return exchange_sizes(
+            self.exchange,
+            num_tokens,
+            self.experts_per_token,
+            self.num_ranks,
+            self.slots_per_rank,
+            self.embed_dim,
+            self.moe_max_num_tokens,
+        )
 
     @property
     def _least_in_wave(self) -> int:

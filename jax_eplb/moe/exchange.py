@@ -13,41 +13,20 @@ training is bounded alike.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jax_eplb.kernels.varying import equally_varying, zeros_varying_like
+from jax_eplb.moe.exchange_sizes import ExchangeSizes
 from jax_eplb.moe.gathered import Gathered
 from jax_eplb.moe.waves import Waves
 from jax_eplb.routing import Ranks, SlotOrder
 
-IMPLEMENTATIONS = ("waves", "all_gather", "ragged")
-
 # (rows [M, D], parameters, group_sizes [N]) -> [M, D], rows sorted by slot of this rank.
 Compute = Callable[[Float[Array, "M D"], Any, Int[Array, "N"]], Float[Array, "M D"]]
-
-
-class ExchangeSizes(NamedTuple):
-    """How much travels at once; static.
-
-    Rows for each pair of ranks; of all_gather: tokens of each rank.
-    """
-
-    implementation: str  # one of IMPLEMENTATIONS
-    # Buffers that may take everything in one wave, ascending: the first that the fullest pair fits
-    # into does.
-    in_one_wave: tuple[int, ...]
-    # Of a batch that fits into none of them, what goes in a wave of several; None: all fit.
-    in_several: int | None = None
-
-    @property
-    def fit_the_fullest_pair(self) -> bool:
-        """Whether more travels the more the fullest pair of ranks has to exchange."""
-        several = self.in_several is not None or len(self.in_one_wave) > 1
-        return self.implementation == "waves" and several
 
 
 def exchange(
