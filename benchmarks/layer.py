@@ -108,8 +108,7 @@ def on_one_rank(layer: Layer, kernel: str | None):
         layer.embed, layer.hidden, layer.experts, layer.top_k, layer.experts, 1, kernel=kernel
     )
     slots = jnp.arange(layer.experts)[None]
-    sizes = {"num_experts": layer.experts, "num_ranks": 1, "max_replicas": 1}
-    tables = derive_tables(slots, **sizes).of_layer(0)
+    tables = derive_tables(slots, num_experts=layer.experts, num_ranks=1).of_layer(0)
 
     def local(params, tables, tokens):
         mask = jnp.ones(len(tokens), bool)

@@ -95,7 +95,7 @@ def _compare(programs, params, tables, tokens, shape, dtype, link, rounds) -> It
     """All implementations in turn on the same tokens."""
     first = jax.tree.map(_first_layer, (params, tables))
     arguments = {
-        "exchange_ms": (params.router[0], tables.expert_to_slots[0], tokens),
+        "exchange_ms": (params.router[0], tables.first_slot[0], tokens),
         "layer_ms": (*first, tokens),
         "stack_ms": (params, tables, tokens),
     }
@@ -140,12 +140,12 @@ def exchange_alone(config: MoEConfig, mesh: Mesh) -> Callable:
     """Routing, then rows there and back with no expert in between, and the weighted sum."""
     ranks = config.ranks(AXIS)
 
-    def local(router, slots_of_experts, tokens):
+    def local(router, first_slot, tokens):
         # Cheap logits: a product of the width would take longer than the exchange.
         logits = tokens[:, : router.shape[1]].astype(jnp.float32)
         mask = jnp.ones(len(tokens), bool)
         routes, found = route_and_sort(
-            logits, mask, config.experts_per_token, RouterConfig(), None, slots_of_experts[:, 0]
+            logits, mask, config.experts_per_token, RouterConfig(), None, first_slot
         )
         order = order_without_replicas(found, ranks)
         sizes = config.exchange_sizes(len(tokens))

@@ -46,10 +46,6 @@ class Placement:
     def slots_per_rank(self) -> int:
         return self.num_slots // self.num_ranks
 
-    @property
-    def max_replicas(self) -> int:
-        return max_replicas(self.num_experts, self.num_slots, self.num_ranks)
-
     def tables(self, *, with_leveling: bool = False) -> PlacementTables:
         """All that is derived from `slot_to_expert`, for all layers.
 
@@ -59,7 +55,6 @@ class Placement:
             self.slot_to_expert,
             num_experts=self.num_experts,
             num_ranks=self.num_ranks,
-            max_replicas=self.max_replicas,
             with_leveling=with_leveling,
         )
 

@@ -1,7 +1,6 @@
 """The tables that are derived from a placement: what the layer reads to find replicas.
 
-Axes: L layers, E experts, S slots, P ranks, R replicas of an expert at most, J slots of experts
-that have several.
+Axes: L layers, E experts, S slots, P ranks, J slots of experts that have several.
 """
 
 import functools
@@ -18,7 +17,7 @@ from jax_eplb.homes import home_slots
 
 
 def max_replicas(num_experts: int, num_slots: int, num_ranks: int) -> int:
-    """The bound R on the replicas of one expert, from the sizes alone.
+    """The most replicas that one expert can have, from the sizes alone.
 
     Every other expert keeps a slot, and a rank needs no second replica of an expert unless it has
     more slots than there are experts.
@@ -39,7 +38,7 @@ class PlacementTables(NamedTuple):
     slot_to_expert: Int[Array, "L S"]  # E where a slot is empty
     # The slots of expert 0 first, ascending, then of 1 ...; empty ones last.
     slots_by_expert: Int[Array, "L S"]
-    expert_to_slots: Int[Array, "L E R"]  # ascending; S past an expert's last replica
+    first_slot: Int[Array, "L E"]  # the lowest of each expert's; S where it has none
     replica_count: Int[Array, "L E"]
     # Which of its expert's slots each slot is, ascending from its home, which is 0, and on from the
     # lowest.
@@ -92,26 +91,22 @@ def max_replicated_slots(num_experts: int, num_slots: int) -> int:
     return max(16, 1 << (bound - 1).bit_length()) if bound else 0
 
 
-@functools.partial(
-    jax.jit, static_argnames=("num_experts", "num_ranks", "max_replicas", "with_leveling")
-)
+@functools.partial(jax.jit, static_argnames=("num_experts", "num_ranks", "with_leveling"))
 def derive_tables(
     slot_to_expert: Int[Array, "L S"],
     *,
     num_experts: int,
     num_ranks: int,
-    max_replicas: int,
     with_leveling: bool = False,
     capacity: Float[Array, "P"] | None = None,
 ) -> PlacementTables:
     """Invert `slot_to_expert`. `capacity`: the ranks' relative speeds; None: all alike.
 
-    >>> sizes = {"num_experts": 3, "num_ranks": 2, "max_replicas": 2}
-    >>> tables = derive_tables(jnp.array([[0, 1, 2, 0]]), **sizes)
+    >>> tables = derive_tables(jnp.array([[0, 1, 2, 0]]), num_experts=3, num_ranks=2)
     >>> tables.slots_by_expert[0].tolist(), tables.replicated_slots[0, :3].tolist()
     ([0, 3, 1, 2], [0, 3, 4])
-    >>> tables.expert_to_slots[0].tolist(), tables.replica_count[0].tolist()
-    ([[0, 3], [1, 4], [2, 4]], [2, 1, 1])
+    >>> tables.first_slot[0].tolist(), tables.replica_count[0].tolist()
+    ([0, 1, 2], [2, 1, 1])
     """
     num_slots = slot_to_expert.shape[1]
     if capacity is None:
@@ -122,17 +117,17 @@ def derive_tables(
         order = jnp.argsort(experts, stable=True).astype(jnp.int32)
         count = jnp.zeros(num_experts, jnp.int32).at[experts].add(1)
         first = jnp.cumsum(count) - count
-        replica = jnp.arange(max_replicas, dtype=jnp.int32)[None]
-        position = first[:, None] + replica  # [E, R]
-        held = replica < count[:, None]
-        slots = jnp.where(held, order[jnp.minimum(position, num_slots - 1)], num_slots)
+
+        def slot_of(replica):
+            at = jnp.minimum(first + replica, num_slots - 1)
+            return jnp.where(count > 0, order[at], num_slots).astype(jnp.int32)
+
         own = first.at[experts[order]].get(mode="fill", fill_value=num_slots)  # of empty slots, too
         index = jnp.maximum(jnp.arange(num_slots, dtype=jnp.int32) - own, 0)
         index = jnp.zeros(num_slots, jnp.int32).at[order].set(index, unique_indices=True)
         # Not the lowest slots of all to begin with, which would be on the first ranks.
         any_replica = jnp.arange(num_experts, dtype=jnp.int32) % jnp.maximum(count, 1)
-        start = jnp.take_along_axis(slots, any_replica[:, None], axis=1)[:, 0]
-        home = home_slots(experts, start.astype(jnp.int32), num_ranks)
+        home = home_slots(experts, slot_of(any_replica), num_ranks)
         from_home = index - index[home].at[experts].get(mode="fill", fill_value=0)
         index = jnp.where(from_home < 0, from_home + count.at[experts].get(mode="clip"), from_home)
         several = count.at[experts[order]].get(mode="fill", fill_value=0) > 1
@@ -142,8 +137,9 @@ def derive_tables(
         leveling = jnp.zeros((0, 0), jnp.float32)
         if with_leveling:
             leveling = leveling_operator(replicated, experts, num_slots // num_ranks)
-        slots = slots.astype(jnp.int32)
-        return PlacementTables(experts, order, slots, count, index, replicated, leveling, handicap)
+        return PlacementTables(
+            experts, order, slot_of(0), count, index, replicated, leveling, handicap
+        )
 
     return jax.vmap(one_layer)(slot_to_expert.astype(jnp.int32))
 

@@ -12,7 +12,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from jax_eplb.routing import Ranks
-from jax_eplb.tables import PlacementTables, derive_tables, max_replicas
+from jax_eplb.tables import PlacementTables, derive_tables
 from tests.light_compile import light_compile
 from tests.placement_cases import random_table, seeds
 
@@ -49,7 +49,6 @@ def _tables_of(table, capacity, num_experts: int, num_ranks: int) -> PlacementTa
         table,
         num_experts=num_experts,
         num_ranks=num_ranks,
-        max_replicas=max_replicas(num_experts, table.size, num_ranks),
         with_leveling=True,
         capacity=capacity,
     ).of_layer(0)

@@ -200,3 +200,14 @@ def test_a_thousand_ranks_are_planned():
     slots = slots_of(plan(load, num_slots=2000, num_ranks=1000))
     Placement.from_slots(slots, num_experts=1024, num_ranks=1000)
     assert duplicates(slots, 1000).tolist() == [0, 0]
+
+
+@pytest.mark.slow
+def test_among_very_many_ranks_the_search_for_the_balanced_split_is_the_even_ones():
+    load = np.random.default_rng(0).lognormal(size=(1, 512))
+    even, balanced = (
+        plan(load, num_slots=1024, num_ranks=512, split=split, effort="fast")
+        for split in ("even", "balanced")
+    )
+    np.testing.assert_array_equal(even.placement.slot_to_expert, balanced.placement.slot_to_expert)
+    assert balanced.imbalance[0] < even.imbalance[0]  # divided by load

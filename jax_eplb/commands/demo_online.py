@@ -41,7 +41,7 @@ from jax_eplb.report import rank_tokens
 from jax_eplb.routing import Ranks
 from jax_eplb.routing.balanced import balanced_shares
 from jax_eplb.serving import Engine, Request, ServingConfig
-from jax_eplb.tables import derive_tables, max_replicas
+from jax_eplb.tables import derive_tables
 
 FIRST, SECOND = "python", "bible"
 # A batch of sequences makes one iteration of prompts, then one for each further token of all.
@@ -185,7 +185,6 @@ def _replay(counts, tables, num_ranks: int):
             table,
             num_experts=num_experts,
             num_ranks=num_ranks,
-            max_replicas=max_replicas(num_experts, num_slots, num_ranks),
             with_leveling=True,
         )
         return jax.vmap(one_layer)(counts, tables)

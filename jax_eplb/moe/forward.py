@@ -77,7 +77,7 @@ def moe_forward(
         config.experts_per_token,
         config.router,
         params.selection_bias,
-        tables.expert_to_slots[:, 0] if one_slot_each else None,
+        tables.first_slot if one_slot_each else None,
     )
     # The counts are a part of the sort that the experts need: counting the load costs nothing.
     expert_tokens = found.expert_tokens

@@ -71,7 +71,6 @@ class Worker:
         self.state = initial_state(placement, config)
         self.costs: Costs | None = None
         self._lost: frozenset[int] = frozenset()  # ranks whose weights cannot be read
-        self._max_replicas = placement.max_replicas
         self._slots_per_rank, self._ranks_per_node = placement.slots_per_rank, ranks_per_node
         self._iterations_to_leave = iterations_to_leave
         # K, or L where there are fewer layers.
@@ -147,7 +146,6 @@ class Worker:
                 table,
                 num_experts=self.served.num_experts,
                 num_ranks=self.served.num_ranks,
-                max_replicas=self._max_replicas,
                 with_leveling=self.served.split == "balanced",
                 capacity=self.state.capacity,
             )

@@ -72,7 +72,7 @@ def _search(windows, capacity, sizes: Sizes) -> Int[Array, "L S"]:
     room = Room(sizes.num_slots, sizes.num_ranks, capacity, sizes.least(num_experts))
     if sizes.num_slots // sizes.num_ranks >= num_experts:
         return every_expert_everywhere(num_layers, num_experts, room)
-    if sizes.split == "balanced":
+    if sizes.searched_split(num_experts) == "balanced":
         return fresh_balanced(windows, room, effort)
     if len(windows) == 1 or not effort.powers:
         return fresh_even(windows.sum(axis=0), room, effort)

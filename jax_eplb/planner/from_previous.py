@@ -98,11 +98,6 @@ def _changed(
     """The placement in force with at most so many changes, in one way or two."""
     num_experts = windows.shape[2]
     effort = effort_of(sizes.effort)
-    rounds = max(sizes.num_slots // 2, 16)
-    if sizes.split == "balanced":
-        # Far fewer than from scratch: this is what runs while the model serves.
-        rounds = rounds_for_balanced(effort, len(previous), sizes.num_slots, sizes.num_ranks)
-        rounds = max(rounds // 4, 1)
     load = windows.sum(axis=0)
     if sizes.method == "deepseek":
         return [previous]
@@ -112,13 +107,22 @@ def _changed(
         return [repair(load, previous, num_ranks=sizes.num_ranks, capacity=speeds)]
 
     def change(windows, capacity, table, limit=limit, nodes=1):
+        part = sizes._replace(
+            num_slots=sizes.num_slots // nodes, num_ranks=sizes.num_ranks // nodes
+        )
+        split = part.searched_split(num_experts // nodes)
+        rounds = max(sizes.num_slots // 2, 16)
+        if split == "balanced":
+            # Far fewer than from scratch: this is what runs while the model serves.
+            rounds = rounds_for_balanced(effort, len(previous), sizes.num_slots, sizes.num_ranks)
+            rounds = max(rounds // 4, 1)
         return replan(
             windows,
             table,
-            num_ranks=sizes.num_ranks // nodes,
+            num_ranks=part.num_ranks,
             max_moves=limit // nodes,
             max_rounds=rounds,
-            split=sizes.split,
+            split=split,
             capacity=capacity,
         )
 

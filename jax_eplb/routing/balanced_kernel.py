@@ -59,7 +59,7 @@ def kernel_shares(
         counts,
         tables.slot_to_expert,
         tables.replica_count,
-        tables.expert_to_slots[:, 0],
+        tables.first_slot,
         tables.replicated_slots,
         lax.stop_gradient(tables.leveling),
         lax.stop_gradient(tables.handicap),
