@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from benchmarks.layer_stack import AXIS, usable_exchanges
 from benchmarks.tables import Column, Table
 from jax_eplb import MoE, MoEConfig, Placement
+from jax_eplb.mesh import lay_out
 from jax_eplb.moving import rebalance
 
 _SEED = 20261126
@@ -56,6 +57,9 @@ def run_checks(mesh: Mesh, placements: int, dtype) -> Iterator[dict[str, Any]]:
             wrong = _wrong_outputs(mesh, config, chosen, dtype)
             check = f"same output, {name}, {choice} split"
             yield {"check": check, "placements": len(chosen), "wrong": wrong}
+    wrong = _skewed_differs(mesh, num_experts, dtype)
+    check = "same output, waves and all_gather, all tokens to one rank"
+    yield {"check": check, "placements": 1, "wrong": int(wrong)}
 
 
 def random_placement(
@@ -92,20 +96,41 @@ def _moves_check(mesh: Mesh, placements: list[Placement], dtype) -> dict[str, An
 def _wrong_outputs(mesh: Mesh, config: MoEConfig, placements: list[Placement], dtype) -> int:
     """On how many placements the layer's output is not that on the first, byte for byte."""
     layer = MoE(config, mesh=mesh, rngs=nnx.Rngs(_SEED), placement=placements[0], dtype=dtype)
-    shape = (config.num_ranks * _TOKENS, _EMBED)
-    drawn = np.random.default_rng(_SEED).normal(size=shape).astype(dtype)
-    spread = NamedSharding(mesh, P(AXIS))
-    tokens = jax.make_array_from_callback(shape, spread, lambda index: drawn[index])
-
-    def output() -> np.ndarray:
-        out = multihost_utils.process_allgather(layer(tokens), tiled=True)
-        return np.asarray(out).view(np.uint8)
-
-    first, wrong = output(), 0
+    tokens = _draw_tokens(mesh, _TOKENS, dtype)
+    first, wrong = _bytes_of(layer(tokens)), 0
     for placement in placements[1:]:
         layer.use_placement(placement)
-        wrong += not np.array_equal(output(), first)
+        wrong += not np.array_equal(_bytes_of(layer(tokens)), first)
     return wrong
+
+
+def _skewed_differs(mesh: Mesh, num_experts: int, dtype) -> bool:
+    """Whether a batch that is larger than any buffer for one wave comes out differently."""
+    num_ranks = mesh.shape[AXIS]
+    tokens = _draw_tokens(mesh, 1024 * max(num_ranks // _TOP_K, 1), dtype)
+    outputs = []
+    for exchange in ("waves", "all_gather"):
+        config = MoEConfig(
+            _EMBED, _HIDDEN, num_experts, _TOP_K, num_experts, num_ranks, exchange=exchange
+        )
+        layer = MoE(config, mesh=mesh, rngs=nnx.Rngs(_SEED), dtype=dtype)
+        router = np.zeros((_EMBED, num_experts), np.float32)
+        router[0, :_TOP_K] = 1  # all of the first rank; on what is 1 in every token
+        layer.router[...] = lay_out(router, layer.router[...].sharding)
+        outputs.append(_bytes_of(layer(tokens)))
+    return not np.array_equal(*outputs)
+
+
+def _draw_tokens(mesh: Mesh, of_rank: int, dtype) -> jax.Array:
+    shape = (mesh.size * of_rank, _EMBED)
+    drawn = np.random.default_rng(_SEED).normal(size=shape).astype(dtype)
+    drawn[:, 0] = 1
+    spread = NamedSharding(mesh, P(AXIS))
+    return jax.make_array_from_callback(shape, spread, lambda index: drawn[index])
+
+
+def _bytes_of(x: jax.Array) -> np.ndarray:
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True)).view(np.uint8)
 
 
 def checks_table(rows: list[dict]) -> Table:
