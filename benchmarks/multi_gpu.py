@@ -93,10 +93,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ranks", type=int, metavar="P", help="devices (all)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--recordings", nargs="+", default=[], metavar="FILE.npz")
+    names = [shape.name for shape in SHAPES]
     parser.add_argument(
         "--shapes",
         nargs="+",
-        choices=[shape.name for shape in SHAPES],
+        choices=names,
+        default=names,
         help="layers of the parts exchange and moves (all)",
     )
     parser.add_argument(
@@ -143,8 +145,7 @@ def _parts(arguments: argparse.Namespace, mesh: Mesh) -> dict[str, Callable[[], 
     """What each part measures, in the sizes that fit the devices."""
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     scaled = small if on_cpu or arguments.small else lambda shape: shape
-    wanted = arguments.shapes or [shape.name for shape in SHAPES]
-    shapes = [scaled(shape) for shape in SHAPES if shape.name in wanted]
+    shapes = [scaled(shape) for shape in SHAPES if shape.name in arguments.shapes]
     batches = arguments.tokens or ((64, 8) if on_cpu or arguments.small else (8192, 128))
     common: dict[str, Any] = {
         "dtype": jnp.float32 if on_cpu else jnp.bfloat16,

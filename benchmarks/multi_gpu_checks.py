@@ -10,10 +10,9 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
-from benchmarks.layer_stack import AXIS, usable_exchanges
+from benchmarks.layer_stack import AXIS, spread, usable_exchanges
 from benchmarks.tables import Column, Table
 from jax_eplb import MoE, MoEConfig, Placement
 from jax_eplb.mesh import lay_out
@@ -78,11 +77,8 @@ def _moves_check(mesh: Mesh, placements: list[Placement], dtype) -> dict[str, An
         return np.asarray(placement.slot_to_expert)[0, :, None, None].astype(np.float32)
 
     now = placements[-1]
-    spread = NamedSharding(mesh, P(AXIS))
     ids = np.broadcast_to(expected(now), (now.num_slots, 64, 128)).astype(dtype)
-    bank = jax.make_array_from_callback(ids.shape, spread, lambda index: ids[index])
-    # Where there is one rank, what is computed from the bank does not name its axis.
-    params, wrong = {"weights": bank, "bias": jax.device_put(bank[:, 0], spread)}, 0
+    params, wrong = {"weights": spread(ids, mesh, 0), "bias": spread(ids[:, 0], mesh, 0)}, 0
     for placement in placements:
         params, now = rebalance(params, now, placement), placement
         weights = multihost_utils.process_allgather(params["weights"], tiled=True)
@@ -107,7 +103,7 @@ def _wrong_outputs(mesh: Mesh, config: MoEConfig, placements: list[Placement], d
 def _skewed_differs(mesh: Mesh, num_experts: int, dtype) -> bool:
     """Whether a batch that is larger than any buffer for one wave comes out differently."""
     num_ranks = mesh.shape[AXIS]
-    tokens = _draw_tokens(mesh, 1024 * max(num_ranks // _TOP_K, 1), dtype)
+    tokens = _draw_tokens(mesh, 1024 * num_ranks // _TOP_K, dtype)  # 1,024 rows for each pair
     outputs = []
     for exchange in ("waves", "all_gather"):
         config = MoEConfig(
@@ -122,11 +118,9 @@ def _skewed_differs(mesh: Mesh, num_experts: int, dtype) -> bool:
 
 
 def _draw_tokens(mesh: Mesh, of_rank: int, dtype) -> jax.Array:
-    shape = (mesh.size * of_rank, _EMBED)
-    drawn = np.random.default_rng(_SEED).normal(size=shape).astype(dtype)
+    drawn = np.random.default_rng(_SEED).normal(size=(mesh.size * of_rank, _EMBED)).astype(dtype)
     drawn[:, 0] = 1
-    spread = NamedSharding(mesh, P(AXIS))
-    return jax.make_array_from_callback(shape, spread, lambda index: drawn[index])
+    return spread(drawn, mesh, 0)
 
 
 def _bytes_of(x: jax.Array) -> np.ndarray:

@@ -120,7 +120,7 @@ def derive_tables(
 
         def slot_of(replica):
             at = jnp.minimum(first + replica, num_slots - 1)
-            return jnp.where(count > 0, order[at], num_slots).astype(jnp.int32)
+            return jnp.where(count > 0, order[at], num_slots)
 
         own = first.at[experts[order]].get(mode="fill", fill_value=num_slots)  # of empty slots, too
         index = jnp.maximum(jnp.arange(num_slots, dtype=jnp.int32) - own, 0)

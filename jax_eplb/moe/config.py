@@ -3,7 +3,12 @@
 import dataclasses
 
 from jax_eplb.kernels import activation_named, check_implementation
-from jax_eplb.moe.exchange_sizes import IMPLEMENTATIONS, ExchangeSizes, exchange_sizes
+from jax_eplb.moe.exchange_sizes import (
+    IMPLEMENTATIONS,
+    ExchangeSizes,
+    exchange_sizes,
+    least_in_wave,
+)
 from jax_eplb.placement import check_sizes
 from jax_eplb.routing import (
     POLICIES,
@@ -111,7 +116,6 @@ class MoEConfig:
 
     @property
     def _least_in_wave(self) -> int:
-        """Rows in a wave of one token, or one row, from each rank."""
-        if self.exchange == "all_gather":
-            return self.num_ranks * min(self.experts_per_token, self.slots_per_rank)
-        return self.num_ranks
+        return least_in_wave(
+            self.exchange, self.experts_per_token, self.num_ranks, self.slots_per_rank
+        )

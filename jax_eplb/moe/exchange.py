@@ -123,10 +123,10 @@ def _in_waves(sizes: ExchangeSizes, ranks: Ranks, order: SlotOrder, send, run, f
         transport = transport_of(capacity)
         wave = transport.wave(0)
         rows, total = run(transport, wave, send(transport, wave))
-        return equally_varying((finish(rows, wave.place), total))
+        return finish(rows, wave.place), total
 
     def one_by_one(capacity):
-        return equally_varying(_one_by_one(transport_of(capacity), order, send, run, finish))
+        return _one_by_one(transport_of(capacity), order, send, run, finish)
 
     ways = [functools.partial(at_once, capacity) for capacity in sizes.in_one_wave]
     if sizes.in_several is not None:

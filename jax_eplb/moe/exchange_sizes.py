@@ -48,6 +48,26 @@ class ExchangeSizes(NamedTuple):
         return self.implementation == "waves" and several
 
 
+def least_in_wave(
+    implementation: str, choices_per_token: int, num_ranks: int, slots_per_rank: int
+) -> int:
+    """Rows that a rank receives in a wave of one row, or one token, from each rank.
+
+    >>> least_in_wave("waves", 8, num_ranks=4, slots_per_rank=2)
+    4
+    >>> least_in_wave("all_gather", 8, num_ranks=4, slots_per_rank=2)
+    8
+    """
+    if implementation != "all_gather":
+        return num_ranks
+    return num_ranks * _most_on_one_rank(choices_per_token, slots_per_rank)
+
+
+def _most_on_one_rank(choices_per_token: int, slots_per_rank: int) -> int:
+    # A token's choices are of different experts, so of different slots.
+    return min(choices_per_token, slots_per_rank)
+
+
 def exchange_sizes(
     implementation: str,
     num_tokens: int,
@@ -62,22 +82,17 @@ def exchange_sizes(
     >>> exchange_sizes("waves", 8192, 8, num_ranks=8, slots_per_rank=32, embed_dim=7168)[1:]
     ((8704, 9216, 10240, 12288), 6144)
     """
-    # A token's choices are of different experts, so of different slots.
-    on_one_rank = min(choices_per_token, slots_per_rank)
-    if implementation == "all_gather":
-        tokens = max(1, num_tokens)
-        if most_rows is not None:
-            tokens = min(tokens, most_rows // (num_ranks * on_one_rank))
-        in_one_wave = (tokens,) if tokens >= num_tokens else ()
-        return ExchangeSizes(implementation, in_one_wave, None if in_one_wave else tokens)
-
-    whole = max(1, num_tokens * on_one_rank)
-    most = whole if most_rows is None else min(whole, most_rows // num_ranks)
+    per_token = 1  # of what travels
+    if implementation != "all_gather":
+        per_token = _most_on_one_rank(choices_per_token, slots_per_rank)
+    whole = most = max(1, num_tokens * per_token)
+    if most_rows is not None:
+        least = least_in_wave(implementation, choices_per_token, num_ranks, slots_per_rank)
+        most = min(whole, most_rows // least)
     rows = num_tokens * choices_per_token
-    share = rows / num_ranks
-    large = share >= _LARGE_SHARE or rows * embed_dim >= _LARGE_BATCH
-    buffers = _buffers(implementation, share, large)
-    saved = (whole - buffers[0]) * num_ranks * embed_dim
+    large = rows / num_ranks >= _LARGE_SHARE or rows * embed_dim >= _LARGE_BATCH
+    buffers = _buffers(implementation, rows / num_ranks, large)
+    saved = (whole - min(buffers, default=whole)) * num_ranks * embed_dim
     worth_choosing = large or saved > _WORTH_WAITING
     buffers = tuple(size for size in buffers if size < most) if worth_choosing else ()
     if most_rows is None and buffers and whole > 2 * buffers[-1]:
@@ -91,6 +106,8 @@ def exchange_sizes(
 
 def _buffers(implementation: str, share: float, large: bool) -> list[int]:
     """Rows for each pair of ranks, ascending, that are worth trying."""
+    if implementation == "all_gather":
+        return []  # all tokens go to all ranks, whatever is routed where
     if implementation == "ragged":
         sizes = [each * share for each in _OF_RAGGED]
     elif large:

@@ -30,7 +30,7 @@ class Sizes(NamedTuple):
         is good under the even split is as good under the balanced one: tokens shift from rank to
         rank in long chains, which the few steps of a division in a search do not follow.
 
-        >>> sizes = Sizes(2000, 1000, "balanced", "default", "ours", 1, 1, False)
+        >>> sizes = Sizes(2000, 1000, "balanced", "default", "search", 1, 1, False)
         >>> sizes.searched_split(num_experts=1024)
         'even'
         """
