@@ -63,7 +63,11 @@ def measure_ceilings(dtype: str, *, size: int | None = None) -> Ceilings:
 
 
 def compile_all(calls: Mapping[Any, tuple[Callable, Sequence]]) -> dict[Any, Any]:
-    """Compile several functions of arguments at once; the error's text for one that fails."""
+    """Compile several functions of arguments at once; the error's text for one that fails.
+
+    One by one where there are several processes: they share out what XLA tries to find the fastest
+    kernels, and can wait for each other without end if their programs come in different orders.
+    """
 
     def compiled(call):
         function, arguments = call
@@ -72,7 +76,8 @@ def compile_all(calls: Mapping[Any, tuple[Callable, Sequence]]) -> dict[Any, Any
         except Exception as error:  # a peer may refuse a shape in any way
             return f"{type(error).__name__}: {error}"
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    at_once = 1 if jax.process_count() > 1 else min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(at_once) as pool:
         return dict(zip(calls, pool.map(compiled, calls.values()), strict=True))
 
 

@@ -61,6 +61,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("the part 'balancing' replays recordings: give --recordings, or other --parts")
     if min(arguments.waves, default=1) < 1:
         parser.error(f"--waves {min(arguments.waves)}: write 1 or more")
+    if arguments.more_slots < 1:
+        parser.error(f"--more-slots {arguments.more_slots}: write 1 or more")
     _start(arguments)
     mesh = expert_mesh(arguments.ranks)
     results, tables = {}, []
@@ -105,6 +107,13 @@ def _parser() -> argparse.ArgumentParser:
         "--tokens", nargs="+", type=int, metavar="T", help="of a rank (8192 and 128; small: 64, 8)"
     )
     parser.add_argument("--windows", type=int, default=3, help="batches of each recording (3)")
+    parser.add_argument(
+        "--more-slots",
+        type=int,
+        default=2,
+        metavar="N",
+        help="slots more on each rank than without replicas (2)",
+    )
     parser.add_argument("--effort", choices=EFFORTS, default="default", help="of the planner")
     parser.add_argument(
         "--layers", type=int, default=8, help="in a stack (8; fewer if memory asks)"
@@ -168,6 +177,7 @@ def _parts(arguments: argparse.Namespace, mesh: Mesh) -> dict[str, Callable[[], 
             replayed,
             batches,
             windows=arguments.windows,
+            more_slots=arguments.more_slots,
             effort=arguments.effort,
             **common,
         )

@@ -35,13 +35,13 @@ from jax_eplb.tables import PlacementTables
 
 _SEED = 20261127
 _LAYERS = 4  # of the recording, evenly spaced
-_MORE_SLOTS = 2  # on each rank than without replicas
 _FEW = 2048  # tokens of a rank; with more, `fewest` is `even`
 COLUMNS = [
     Column("recording", "recording"),
     Column("shape", "layers of"),
     Column("tokens", "tokens a rank", 0),
     Column("variant", "placement, split"),
+    Column("slots_per_rank", "slots a rank", 0),
     Column("imbalance", "imbalance", 3),
     Column("layer_ms", "ms a layer", 3),
     Column("speed_up", "times faster", 2),
@@ -105,20 +105,22 @@ def measure_balancing(
     batches: Sequence[int],
     *,
     windows: int,
+    more_slots: int,
     effort: str,
     dtype,
     rounds: int,
 ) -> Iterator[dict[str, Any]]:
     """A row for each recording, number of tokens and variant; means over layers and windows.
 
-    Raises RuntimeError where a layer did not route as the recording says.
+    Plans have `more_slots` on each rank than without replicas. Raises RuntimeError where a layer
+    did not route as the recording says.
     """
     for replay in replays:
         shape = shapes[replay.num_experts]._replace(top_k=replay.top_k)
         chosen = np.linspace(0, replay.counts.shape[1] - 1, _LAYERS).round().astype(int)
         kept = routers(_LAYERS, shape.embed, shape.experts)
         say(f"{replay.name}: planning")
-        prepared = _prepare(replay, chosen, shape, mesh, kept, effort, dtype)
+        prepared = _prepare(replay, chosen, shape, mesh, kept, more_slots, effort, dtype)
         for num_tokens in batches:
             total = num_tokens * mesh.shape[AXIS]
             variants = [v for v in VARIANTS if v.choice != "fewest" or num_tokens <= _FEW]
@@ -148,16 +150,17 @@ def measure_balancing(
                 found = in_turn(calls, rounds)
                 each = {v: (found[v].median_ms or 0.0) / _LAYERS for v in variants}
                 times.append({v: (each[v], imbalance[v]) for v in variants})
-            yield from _rows(replay, shape, num_tokens, times)
+            slots = {v: prepared[v].config.slots_per_rank for v in variants}
+            yield from _rows(replay, shape, num_tokens, slots, times)
 
 
 def _prepare(
-    replay: Replay, chosen, shape: Shape, mesh: Mesh, kept, effort: str, dtype
+    replay: Replay, chosen, shape: Shape, mesh: Mesh, kept, more_slots: int, effort: str, dtype
 ) -> dict[Variant, Prepared]:
     num_ranks = mesh.shape[AXIS]
 
     def place(split: str | None, ahead: bool) -> Placement:
-        more = 0 if split is None else _MORE_SLOTS * num_ranks
+        more = 0 if split is None else more_slots * num_ranks
         num_slots = fewest_slots(shape.experts + more, num_ranks)
         if split is None:
             return Placement.default(
@@ -231,7 +234,9 @@ def _read(x: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
-def _rows(replay: Replay, shape: Shape, num_tokens: int, times: list[dict]) -> Iterator[dict]:
+def _rows(
+    replay: Replay, shape: Shape, num_tokens: int, slots: dict[Variant, int], times: list[dict]
+) -> Iterator[dict]:
     mean = {v: np.mean([each[v] for each in times], axis=0) for v in times[0]}
     contiguous = mean[CONTIGUOUS][0]
 
@@ -245,6 +250,7 @@ def _rows(replay: Replay, shape: Shape, num_tokens: int, times: list[dict]) -> I
             "shape": shape.name,
             "tokens": num_tokens,
             "variant": variant.name,
+            "slots_per_rank": slots[variant],
             "imbalance": float(imbalance),
             "layer_ms": float(ms),
             "speed_up": float(contiguous / ms),
@@ -257,9 +263,9 @@ def _rows(replay: Replay, shape: Shape, num_tokens: int, times: list[dict]) -> I
 def balancing_table(rows: list[dict]) -> Table:
     notes = [
         "Planned from the recording's first half, or, ahead, from the second; timed on batches of "
-        f"the second. {_MORE_SLOTS} replicas more on each rank. Imbalance is (max - mean) / mean "
-        "of the ranks' tokens. Of the perfect gain: what was saved over what uniform routing "
-        "saves; with replicas: over what it saves in the slots of the plan; drawn: over what "
-        "routing without replicas saves where every expert is as likely as any other.",
+        "the second. Imbalance is (max - mean) / mean of the ranks' tokens. Of the perfect gain: "
+        "what was saved over what uniform routing saves; with replicas: over what it saves in the "
+        "slots of the plan; drawn: over what routing without replicas saves where every expert is "
+        "as likely as any other.",
     ]
     return Table("A layer's time with routing of recordings", COLUMNS, rows, notes)

@@ -1,13 +1,14 @@
 """What one rank sends another, and what it reads, by replica choice.
 
-    python -m benchmarks.pairs --recordings TRACE.npz [--ranks P] [--tokens T] [--json]
+    python -m benchmarks.pairs --recordings TRACE.npz [--ranks P ...] [--more-slots N ...]
+        [--tokens T] [--json]
 
-Each file holds a token trace, `expert_ids` [tokens, L, K]. Its first half is planned for, with two
-more slots on each rank; batches of its second half are dealt to the ranks in their order, so that
-each rank has texts, and experts, of its own. "Pair" is the most that any rank sends any other (or
-itself), in even shares of T·K/P rows: the mean of layers and batches, and the largest. It decides
-the buffers. "Read" are the slots with tokens, of the rank with most, whose weights it reads: they
-decide the time of a small batch.
+Each file holds a token trace, `expert_ids` [tokens, L, K]. Its first half is planned for, with N
+slots more on each rank than without replicas; batches of its second half are dealt to the ranks in
+their order, so that each rank has texts, and experts, of its own. "Pair" is the most that any rank
+sends any other (or itself), in even shares of T·K/P rows: the mean of layers and batches, and the
+largest. It decides the buffers. "Read" are the slots with tokens, of the rank with most, whose
+weights it reads: they decide the time of a small batch.
 
 Axes: L layers, P ranks, T tokens of a rank, K choices of a token, E experts, S slots.
 """
@@ -31,7 +32,6 @@ from jax_eplb.planner import plan
 from jax_eplb.routing import Ranks
 
 _LAYERS = 4  # of the recording, evenly spaced
-_MORE_SLOTS = 2  # of a rank
 # Replica choice, and what the plan is made for.
 VARIANTS = (
     ("even", "even"),
@@ -42,6 +42,7 @@ VARIANTS = (
 COLUMNS = [
     Column("recording", "recording"),
     Column("ranks", "ranks", 0),
+    Column("slots", "slots", 0),
     Column("tokens", "tokens a rank", 0),
     Column("policy", "replica choice"),
     Column("imbalance", "imbalance", 3),
@@ -60,16 +61,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--recordings", nargs="+", required=True, metavar="TRACE.npz")
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8], metavar="P")
+    parser.add_argument(
+        "--more-slots",
+        type=int,
+        nargs="+",
+        default=[2],
+        metavar="N",
+        help="on each rank than without replicas (2)",
+    )
     parser.add_argument("--tokens", type=int, default=32768, help="of a batch, all ranks (32768)")
     parser.add_argument("--batches", type=int, default=2, help="of each recording (2)")
     parser.add_argument("--effort", choices=EFFORTS, default="default", help="of the planner")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     given = parser.parse_args(arguments)
+    if min(given.more_slots) < 1:
+        parser.error(f"--more-slots {min(given.more_slots)}: write 1 or more")
     rows = [
         row
         for replay in read_traces(given.recordings)
         for num_ranks in given.ranks
-        for row in measure(replay, num_ranks, given.tokens, given.batches, given.effort)
+        for more in given.more_slots
+        for row in measure(replay, num_ranks, more, given.tokens, given.batches, given.effort)
     ]
     if given.json:
         print(json.dumps({"machine": describe(), "rows": rows}, indent=1))
@@ -78,12 +90,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(
-    replay: Replay, num_ranks: int, num_tokens: int, num_batches: int, effort: str
+    replay: Replay,
+    num_ranks: int,
+    more_slots: int,
+    num_tokens: int,
+    num_batches: int,
+    effort: str,
 ) -> Iterator[dict[str, Any]]:
     """A row for each variant; `num_tokens` are of all ranks together."""
     chosen = np.linspace(0, replay.counts.shape[1] - 1, _LAYERS).round().astype(int)
     seen = replay.counts[: len(replay.counts) // 2, chosen]
-    num_slots = fewest_slots(replay.num_experts + _MORE_SLOTS * num_ranks, num_ranks)
+    num_slots = fewest_slots(replay.num_experts + more_slots * num_ranks, num_ranks)
     counts = np.stack(
         [
             _by_rank(replay.batch(chosen, num_tokens, batch, num_batches), replay, num_ranks)

@@ -78,13 +78,15 @@ def test_every_part_gives_its_figures(tmp_path, monkeypatch, capsys):
     file = tmp_path / "figures.json"
     options = ["--ranks", "2", "--layers", "2", "--rounds", "1", "--placements", "3"]
     options += ["--effort", "fast", "--windows", "1", "--waves", "2", "--shapes", TINY.name]
-    options += ["--recordings", str(tmp_path / "recording.npz")]
+    options += ["--recordings", str(tmp_path / "recording.npz"), "--more-slots", "1"]
     multi_gpu.main([*options, "--json", str(file)])
     found = json.loads(file.read_text())
     assert {row["exchange"] for row in found["exchange"]} == {"waves", "all_gather", "2 waves"}
     assert {row["shape"] for row in found["exchange"] + found["moves"]} == {TINY.name}
     by_variant = {row["variant"]: row for row in found["balancing"] if row["tokens"] == 64}
     assert by_variant["uniform routing"]["imbalance"] == 0
+    assert by_variant["contiguous"]["slots_per_rank"] == 4
+    assert by_variant["planned, balanced"]["slots_per_rank"] == 5
     assert 0 < by_variant["drawn uniformly"]["imbalance"] < by_variant["contiguous"]["imbalance"]
     assert by_variant["planned, balanced"]["imbalance"] < by_variant["contiguous"]["imbalance"]
     assert all(row["compilations"] == 0 for row in found["moves"])
@@ -111,3 +113,9 @@ def test_the_part_that_replays_asks_for_recordings(capsys):
     with pytest.raises(SystemExit):
         multi_gpu.main(["--ranks", "2"])
     assert "give --recordings" in capsys.readouterr().err
+
+
+def test_plans_need_slots_for_replicas(capsys):
+    with pytest.raises(SystemExit):
+        multi_gpu.main(["--ranks", "2", "--parts", "checks", "--more-slots", "0"])
+    assert "--more-slots 0: write 1 or more" in capsys.readouterr().err

@@ -98,12 +98,14 @@ def test_pairs_are_of_a_trace_in_its_order(tmp_path, capsys):
     keys = generator.exponential(size=(2**14, 2, 8)) / np.tile(weights, (128, 1))[:, None]
     trace = str(tmp_path / "trace.npz")
     np.savez(trace, expert_ids=np.argsort(keys, axis=-1)[..., :2].astype(np.int32))
-    pairs.main(
-        ["--recordings", trace, "--ranks", "2", "--tokens", "256", "--effort", "fast", "--json"]
-    )
+    options = ["--ranks", "2", "--more-slots", "2", "4", "--tokens", "256", "--effort", "fast"]
+    pairs.main(["--recordings", trace, *options, "--json"])
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [row["policy"] for row in rows] == [name for name, *_ in pairs.VARIANTS]
-    _, near, alike, few = rows
+    policies = [name for name, *_ in pairs.VARIANTS]
+    assert [(row["slots"], row["policy"]) for row in rows] == [
+        (slots, policy) for slots in (12, 16) for policy in policies
+    ]
+    _, near, alike, few = rows[:4]
     assert near["imbalance"] == alike["imbalance"]
     assert near["stays"] > alike["stays"]
     assert near["pair"] >= alike["pair"] >= 1
@@ -114,3 +116,9 @@ def test_pairs_of_counts_alone_are_refused(tmp_path):
     np.savez(tmp_path / "counts.npz", counts=np.ones((8, 2, 6), int))
     with pytest.raises(RecordingError, match="has counts alone; give a trace"):
         pairs.main(["--recordings", str(tmp_path / "counts.npz")])
+
+
+def test_pairs_need_slots_for_replicas(capsys):
+    with pytest.raises(SystemExit):
+        pairs.main(["--recordings", "trace.npz", "--more-slots", "2", "0"])
+    assert "--more-slots 0: write 1 or more" in capsys.readouterr().err
