@@ -141,6 +141,26 @@ def test_no_layer_is_cut_out_of_a_stack(kernel):
     assert "bf16[8,64,128]" not in program
 
 
+def test_layers_one_after_the_other_are_one_function_called_by_all():
+    config, axis = config_of(4), P("expert")
+    tables = Placement.default(num_experts=E, num_slots=12, num_ranks=4, num_layers=3).tables()
+
+    def local(params, tokens):
+        mask = jnp.ones(len(tokens), bool)
+        for layer in range(3):
+            out = moe_forward(params, tables.of_layer(layer), tokens, mask, config=config)
+            tokens = out.tokens
+        return tokens
+
+    specs = MoEParams(P(), ExpertWeights(axis, axis))
+    run = jax.shard_map(local, mesh=expert_mesh(4), in_specs=(specs, axis), out_specs=axis)
+    experts = ExpertWeights(jnp.zeros((12, D, 2 * F)), jnp.zeros((12, F, D)))
+    params = MoEParams(jnp.zeros((D, E)), experts)
+    program = jax.jit(run).lower(params, jnp.zeros((T, D))).as_text()
+    assert len(re.findall(r"func\.func private @moe_forward\w*\(", program)) == 1
+    assert program.count("call @moe_forward(") == 3
+
+
 @pytest.mark.slow
 def test_the_output_has_the_activations_dtype_and_the_router_stays_float32():
     tokens, router, gate_up, down = drawn(5)

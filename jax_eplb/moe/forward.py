@@ -44,6 +44,7 @@ class MoEOutput(NamedTuple):
     router_logits: Float[Array, "T E"]
 
 
+@functools.partial(jax.jit, static_argnames=("config", "axis_name", "tensor_axis"))
 def moe_forward(
     params: MoEParams,
     tables: PlacementTables,  # of one layer
@@ -64,8 +65,10 @@ def moe_forward(
 
     With `tensor_axis`, the experts' hidden width is spread over that axis, which sees the same
     tokens; the shared expert's, too.
-    """
 
+    Under `jit`, so that layers which a model calls one after the other are traced once, and their
+    kernels compiled once.
+    """
     router_logits = logits(tokens, params.router)
     if params.router_bias is not None:
         router_logits = router_logits + params.router_bias[None]
