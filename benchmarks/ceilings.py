@@ -66,7 +66,7 @@ def compile_all(calls: Mapping[Any, tuple[Callable, Sequence]]) -> dict[Any, Any
     """Compile several functions of arguments at once; the error's text for one that fails.
 
     One by one where there are several processes: they share out what XLA tries to find the fastest
-    kernels, and can wait for each other without end if their programs come in different orders.
+    kernels, and may wait for each other long if their programs come in different orders.
     """
 
     def compiled(call):
