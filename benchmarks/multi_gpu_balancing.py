@@ -34,7 +34,7 @@ from jax_eplb.planner import plan
 from jax_eplb.tables import PlacementTables
 
 _SEED = 20261127
-_LAYERS = 4  # of the recording, evenly spaced
+_LAYERS = 4  # of the recording
 _FEW = 2048  # tokens of a rank; with more, `fewest` is `even`
 COLUMNS = [
     Column("recording", "recording"),
@@ -117,7 +117,7 @@ def measure_balancing(
     """
     for replay in replays:
         shape = shapes[replay.num_experts]._replace(top_k=replay.top_k)
-        chosen = np.linspace(0, replay.counts.shape[1] - 1, _LAYERS).round().astype(int)
+        chosen = replay.spaced_layers(_LAYERS)
         kept = routers(_LAYERS, shape.embed, shape.experts)
         say(f"{replay.name}: planning")
         prepared = _prepare(replay, chosen, shape, mesh, kept, more_slots, effort, dtype)
@@ -150,8 +150,7 @@ def measure_balancing(
                 found = in_turn(calls, rounds)
                 each = {v: (found[v].median_ms or 0.0) / _LAYERS for v in variants}
                 times.append({v: (each[v], imbalance[v]) for v in variants})
-            slots = {v: prepared[v].config.slots_per_rank for v in variants}
-            yield from _rows(replay, shape, num_tokens, slots, times)
+            yield from _rows(replay, shape, num_tokens, prepared, times)
 
 
 def _prepare(
@@ -235,7 +234,11 @@ def _read(x: jax.Array) -> np.ndarray:
 
 
 def _rows(
-    replay: Replay, shape: Shape, num_tokens: int, slots: dict[Variant, int], times: list[dict]
+    replay: Replay,
+    shape: Shape,
+    num_tokens: int,
+    prepared: dict[Variant, Prepared],
+    times: list[dict],
 ) -> Iterator[dict]:
     mean = {v: np.mean([each[v] for each in times], axis=0) for v in times[0]}
     contiguous = mean[CONTIGUOUS][0]
@@ -250,7 +253,7 @@ def _rows(
             "shape": shape.name,
             "tokens": num_tokens,
             "variant": variant.name,
-            "slots_per_rank": slots[variant],
+            "slots_per_rank": prepared[variant].config.slots_per_rank,
             "imbalance": float(imbalance),
             "layer_ms": float(ms),
             "speed_up": float(contiguous / ms),

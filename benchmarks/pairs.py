@@ -31,7 +31,7 @@ from jax_eplb.placement import fewest_slots
 from jax_eplb.planner import plan
 from jax_eplb.routing import Ranks
 
-_LAYERS = 4  # of the recording, evenly spaced
+_LAYERS = 4  # of the recording
 # Replica choice, and what the plan is made for.
 VARIANTS = (
     ("even", "even"),
@@ -98,7 +98,7 @@ def measure(
     effort: str,
 ) -> Iterator[dict[str, Any]]:
     """A row for each variant; `num_tokens` are of all ranks together."""
-    chosen = np.linspace(0, replay.counts.shape[1] - 1, _LAYERS).round().astype(int)
+    chosen = replay.spaced_layers(_LAYERS)
     seen = replay.counts[: len(replay.counts) // 2, chosen]
     num_slots = fewest_slots(replay.num_experts + more_slots * num_ranks, num_ranks)
     counts = np.stack(

@@ -30,6 +30,10 @@ class Replay(NamedTuple):
     counts: np.ndarray  # [W, L, E], to plan from
     expert_ids: np.ndarray | None  # [tokens, L, K] of a trace
 
+    def spaced_layers(self, number: int) -> np.ndarray:
+        """So many of its layers, evenly spaced."""
+        return np.linspace(0, self.counts.shape[1] - 1, number).round().astype(int)
+
     def batch(self, layers: np.ndarray, num_tokens: int, window: int, of: int) -> np.ndarray:
         """Ids [L, T, K] of a batch in the recording's second half: the `window`-th of so many.
 
