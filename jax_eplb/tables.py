@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jax_eplb.homes import home_slots
+from jax_eplb.symmetric_inverse import symmetric_inverse
 
 
 def max_replicas(num_experts: int, num_slots: int, num_ranks: int) -> int:
@@ -173,20 +174,21 @@ def leveling_operator(
     alone = -1 - jnp.arange(replicated_slots.size, dtype=jnp.int32)  # no two of these are equal
     expert = jnp.where(used, slot_to_expert.at[replicated_slots].get(mode="clip"), alone)
     rank = jnp.where(used, replicated_slots // slots_per_rank, alone)
-    same_rank = (rank[:, None] == rank[None]).astype(jnp.float32)
     same_expert = (expert[:, None] == expert[None]).astype(jnp.float32)
-    scale = leveling_scale(same_rank.sum(axis=0))
-    # With Q, which takes out what would change an expert's sum, P = I - Q and the Hessian H:
-    # M = Q (Q H Q)^-1 Q on the range of Q = (Q H Q + P)^-1 - P.
-    weight = 1 / scale
-    outer = weight[:, None] * weight[None]
+    num_ranks = slot_to_expert.size // slots_per_rank
+    on_rank = jax.nn.one_hot(rank, num_ranks, dtype=jnp.float32)  # zeros for what is no slot
+    crowd = (on_rank * on_rank.sum(axis=0)[None]).sum(axis=1)
+    weight = 1 / leveling_scale(jnp.maximum(crowd, 1.0))
+    # With Q, which takes out what would change an expert's sum, and the Hessian H = I + U U',
+    # M = Q (Q H Q)^-1 Q on the range of Q. That is Q - V (I + V' V)^-1 V' with V = Q U: the inverse
+    # is of ranks, not of slots.
     squares = (same_expert * (weight * weight)[None]).sum(axis=1, keepdims=True)
-    remove = same_expert * outer / squares
-    identity = jnp.eye(replicated_slots.size, dtype=jnp.float32)
-    keep = identity - remove
-    hessian = identity + used.astype(jnp.float32)[None] * same_rank * outer
+    keep = jnp.eye(used.size, dtype=jnp.float32)
+    keep = keep - same_expert * (weight[:, None] * weight[None]) / squares
     product = functools.partial(jnp.matmul, precision="highest")
-    return jnp.linalg.inv(product(product(keep, hessian), keep) + remove) - remove
+    ranks = product(keep, weight[:, None] * on_rank)  # [J, P]
+    inverse = symmetric_inverse(jnp.eye(num_ranks, dtype=jnp.float32) + product(ranks.T, ranks))
+    return keep - product(product(ranks, inverse), ranks.T)
 
 
 def leveling_scale(crowd: Float[Array, "J"]) -> Float[Array, "J"]:

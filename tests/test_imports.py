@@ -13,7 +13,8 @@ LAYER = {"tables", "placement", "load", "mesh", "kernels", "routing", "moving", 
 # A part of the package, and all the parts that it may import; itself goes without saying.
 MAY_IMPORT = {
     "homes": set(),
-    "tables": {"homes"},
+    "symmetric_inverse": set(),
+    "tables": {"homes", "symmetric_inverse"},
     "placement": {"tables"},
     "mesh": set(),
     "load": {"tables", "placement"},

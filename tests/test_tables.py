@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 
 from jax_eplb import Placement
-from jax_eplb.tables import derive_tables, max_replicas, max_replicated_slots
+from jax_eplb.tables import derive_tables, leveling_scale, max_replicas, max_replicated_slots
 from tests.placement_cases import random_table, seeds, sizes
 
 pytestmark = pytest.mark.light_compile
@@ -43,6 +43,27 @@ def test_the_tables_are_what_numpy_derives(drawn, seed):
             held, turn = held[held < slots], index[row == expert]
             assert turn.argmin() == -turn[0] % len(held)  # the home
             np.testing.assert_array_equal(turn, (np.arange(len(held)) + turn[0]) % len(held))
+
+
+@given(sizes, seeds)
+def test_leveling_is_the_pseudo_inverse_of_what_shifts_cost(drawn, seed):
+    experts, slots, ranks = drawn
+    table = random_table(np.random.default_rng(seed), 1, experts, slots, ranks)
+    placement = Placement.from_slots(table, num_experts=experts, num_ranks=ranks)
+    tables = placement.tables(with_leveling=True).of_layer(0)
+    slot = np.asarray(tables.replicated_slots)
+    used, slot = slot < slots, slot[slot < slots]
+    expert, rank = table[0][slot], slot // (slots // ranks)
+    same_rank = (rank[:, None] == rank).astype(float)
+    scale = np.asarray(leveling_scale(same_rank.sum(axis=0)))
+    keeps_sums = np.array([(expert == e) / scale for e in np.unique(expert)])  # [replicated, J]
+    keep = np.eye(len(slot))
+    if slot.size:
+        keep -= np.linalg.pinv(keeps_sums) @ keeps_sums
+    hessian = np.eye(len(slot)) + same_rank / np.outer(scale, scale)
+    expected = np.zeros((used.size, used.size))
+    expected[np.ix_(used, used)] = np.linalg.pinv(keep @ hessian @ keep, rcond=1e-6)
+    np.testing.assert_allclose(tables.leveling, expected, atol=3e-6)
 
 
 @pytest.mark.parametrize("num_slots", [20, 10])  # without replicas some tables have no entries

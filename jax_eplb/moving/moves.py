@@ -150,7 +150,8 @@ def _relieved(sender, can, load) -> np.ndarray:
     Where there is no such chain, the loads are as even as they can be (Harvey et al., theorem 3.1).
     """
     # How many moves that one rank sends now another could send.
-    shift = np.eye(load.size, dtype=np.float32)[sender].T @ can.astype(np.float32)  # [P, P]
+    shift = np.zeros((load.size, load.size), int)
+    np.add.at(shift, sender, can)
     while True:
         for start in np.argsort(-load, kind="stable"):
             if load[start] < load.min() + 2:
