@@ -5,6 +5,7 @@ import jax
 import pytest
 
 from jax_eplb.commands.kept_programs import keep_programs
+from tests.command_line import fail
 
 
 @pytest.fixture(autouse=True)
@@ -55,4 +56,30 @@ def test_where_no_folder_can_be_made_nothing_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # a folder of another user
     keep_programs()
+    assert jax.config.values["jax_compilation_cache_dir"] is None
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["run", "--model", "none.yaml", "--dataset", "none.jsonl", "--ep-size", "4"],
+        ["demo", "--num-slots", "3"],
+        ["demo", "--online", "--num-slots", "3"],
+    ],
+    ids=["run", "demo", "demo --online"],
+)
+def test_commands_that_serve_keep_programs(capsys, monkeypatch, tmp_path, command):
+    monkeypatch.chdir(tmp_path)
+    fail(capsys, *command)
+    assert jax.config.values["jax_compilation_cache_dir"] == str(
+        tmp_path / "caches/jax_eplb" / platform.node()
+    )
+
+
+def test_several_processes_keep_them_where_they_are_told(capsys):
+    """Each would look in a folder of its own, and wait for those that find nothing there."""
+    files = ["--model", "none.yaml", "--dataset", "none.jsonl", "--ep-size", "4"]
+    assert "--num-processes" in fail(
+        capsys, "run", *files, "--distributed", "--coordinator", "localhost:1"
+    )
     assert jax.config.values["jax_compilation_cache_dir"] is None

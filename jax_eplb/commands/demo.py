@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jax_eplb.commands.kept_programs import keep_programs
 from jax_eplb.commands.progress import progress_bars
 from jax_eplb.commands.run import activation_dtype, compile_steps, serve, throughput_text
 from jax_eplb.commands.sample_text import sample_requests
@@ -55,6 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.num_slots is None:
         arguments.num_slots = 80
     arguments.out.mkdir(parents=True, exist_ok=True)
+    keep_programs()
     simulate_devices(arguments.ep_size)
     mesh = expert_mesh(arguments.ep_size)
     saved = load_decoder()

@@ -14,6 +14,7 @@ from rich.progress import Progress
 
 from jax_eplb.checkpoint import Checkpoints
 from jax_eplb.commands.inputs import option_name
+from jax_eplb.commands.kept_programs import keep_programs
 from jax_eplb.commands.outputs import Outputs, open_outputs, read_rows
 from jax_eplb.commands.processes import check_covered, is_first, joined
 from jax_eplb.commands.progress import progress_bars
@@ -40,6 +41,10 @@ from jax_eplb.serving import (
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if not arguments.distributed:
+        # Several processes must find the same programs, and who keeps them on a file system of
+        # theirs only the user knows: by `JAX_COMPILATION_CACHE_DIR`.
+        keep_programs()
     with joined(arguments):
         _serve_all(arguments)
 

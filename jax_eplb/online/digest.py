@@ -83,7 +83,9 @@ def gather_on_devices(values: np.ndarray) -> jax.Array:
     mesh = _one_device_each()
     shape, spread = (mesh.size, *values.shape), NamedSharding(mesh, P("process"))
     own = jax.make_array_from_callback(shape, spread, lambda index: values[None])
-    return _replicated(own, mesh)
+    of_all = _replicated(own, mesh)
+    of_all.copy_to_host_async()
+    return of_all
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
