@@ -66,6 +66,15 @@ def test_leveling_is_the_pseudo_inverse_of_what_shifts_cost(drawn, seed):
     np.testing.assert_allclose(tables.leveling, expected, atol=3e-6)
 
 
+def test_they_are_derived_without_a_library_that_has_threads_of_its_own():
+    """Where several processes share a machine, LAPACK's wait for each other, and serving for it."""
+    lowered = derive_tables.lower(
+        jnp.zeros((2, 288), jnp.int32), num_experts=256, num_ranks=72, with_leveling=True
+    )
+    assert "lapack" not in lowered.as_text()
+    assert "lapack" in jax.jit(jnp.linalg.inv).lower(jnp.eye(72)).as_text()
+
+
 @pytest.mark.parametrize("num_slots", [20, 10])  # without replicas some tables have no entries
 def test_one_array_holds_all_tables_of_a_layer(num_slots):
     table = random_table(np.random.default_rng(3), 3, 10, num_slots, 5)
