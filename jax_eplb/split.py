@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
+from jax_eplb.linear_algebra import exact_matmul
 from jax_eplb.placement import Placement
 
 # "balanced" is what layers with that replica choice do, "even" what others come to.
@@ -83,15 +84,6 @@ def slowness_of(capacity: Float[Array, "P"] | None, num_ranks: int) -> Float[Arr
     live = capacity > 0
     scaled = capacity * (num_ranks / jnp.maximum(capacity.sum(), 1e-30))
     return jnp.where(live, 1 / jnp.where(live, scaled, 1.0), 0.0)[:, None]
-
-
-def exact_matmul(one: Float[Array, "L A B"], other: Float[Array, "L B W"]) -> Float[Array, "L A W"]:
-    """In full float32 on a GPU too, where the default may be TF32.
-
-    >>> exact_matmul(jnp.ones((1, 1, 2)), jnp.ones((1, 2, 1))).tolist()
-    [[[2.0]]]
-    """
-    return jnp.matmul(one, other, precision="highest")
 
 
 def _check_shape(load, slot_to_expert, num_experts: int) -> None:

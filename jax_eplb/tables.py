@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jax_eplb.homes import home_slots
-from jax_eplb.symmetric_inverse import symmetric_inverse
+from jax_eplb.linear_algebra import exact_matmul, symmetric_inverse
 
 
 def max_replicas(num_experts: int, num_slots: int, num_ranks: int) -> int:
@@ -173,10 +173,10 @@ def leveling_operator(
     used = replicated_slots < slot_to_expert.size
     alone = -1 - jnp.arange(replicated_slots.size, dtype=jnp.int32)  # no two of these are equal
     expert = jnp.where(used, slot_to_expert.at[replicated_slots].get(mode="clip"), alone)
-    rank = jnp.where(used, replicated_slots // slots_per_rank, alone)
     same_expert = (expert[:, None] == expert[None]).astype(jnp.float32)
     num_ranks = slot_to_expert.size // slots_per_rank
-    on_rank = jax.nn.one_hot(rank, num_ranks, dtype=jnp.float32)  # zeros for what is no slot
+    # What is no slot, S, would be on rank P: a row of zeros.
+    on_rank = jax.nn.one_hot(replicated_slots // slots_per_rank, num_ranks, dtype=jnp.float32)
     crowd = (on_rank * on_rank.sum(axis=0)[None]).sum(axis=1)
     weight = 1 / leveling_scale(jnp.maximum(crowd, 1.0))
     # With Q, which takes out what would change an expert's sum, and the Hessian H = I + U U',
@@ -185,10 +185,9 @@ def leveling_operator(
     squares = (same_expert * (weight * weight)[None]).sum(axis=1, keepdims=True)
     keep = jnp.eye(used.size, dtype=jnp.float32)
     keep = keep - same_expert * (weight[:, None] * weight[None]) / squares
-    product = functools.partial(jnp.matmul, precision="highest")
-    ranks = product(keep, weight[:, None] * on_rank)  # [J, P]
-    inverse = symmetric_inverse(jnp.eye(num_ranks, dtype=jnp.float32) + product(ranks.T, ranks))
-    return keep - product(product(ranks, inverse), ranks.T)
+    ranks = exact_matmul(keep, weight[:, None] * on_rank)  # V, [J, P]
+    gram = jnp.eye(num_ranks, dtype=jnp.float32) + exact_matmul(ranks.T, ranks)
+    return keep - exact_matmul(exact_matmul(ranks, symmetric_inverse(gram)), ranks.T)
 
 
 def leveling_scale(crowd: Float[Array, "J"]) -> Float[Array, "J"]:

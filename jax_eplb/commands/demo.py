@@ -47,6 +47,7 @@ class Leg(NamedTuple):
 
 
 def run(arguments: argparse.Namespace) -> None:
+    keep_programs()
     if arguments.online:
         # Imported late, as commands are.
         from jax_eplb.commands import demo_online
@@ -56,7 +57,6 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.num_slots is None:
         arguments.num_slots = 80
     arguments.out.mkdir(parents=True, exist_ok=True)
-    keep_programs()
     simulate_devices(arguments.ep_size)
     mesh = expert_mesh(arguments.ep_size)
     saved = load_decoder()

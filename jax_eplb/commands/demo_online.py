@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_eplb import metrics
-from jax_eplb.commands.kept_programs import keep_programs
 from jax_eplb.commands.progress import progress_bars
 from jax_eplb.commands.run import (
     activation_dtype,
@@ -67,7 +66,6 @@ class _Online(NamedTuple):
 def run(arguments: argparse.Namespace) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     num_ranks, num_slots = arguments.ep_size, arguments.num_slots or 72
-    keep_programs()
     simulate_devices(num_ranks)
     mesh = expert_mesh(num_ranks)
     saved = load_decoder()

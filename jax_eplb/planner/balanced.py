@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jax_eplb.linear_algebra import exact_matmul
 from jax_eplb.planner.changes import NO_LIMITS, Limits, count_earlier
 from jax_eplb.planner.choose import choose_layers
 from jax_eplb.planner.prices import Changes, promising_changes
-from jax_eplb.split import count_replicas, exact_matmul, gather_replicas, slowness_of
+from jax_eplb.split import count_replicas, gather_replicas, slowness_of
 
 _MOST_SCENARIOS = 64
 _PRICED_SCENARIOS = 16

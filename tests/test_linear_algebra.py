@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_eplb.symmetric_inverse import symmetric_inverse
+from jax_eplb.linear_algebra import symmetric_inverse
 
 pytestmark = pytest.mark.light_compile
 
